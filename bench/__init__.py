@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench.decode` and `bench.model` write CSV, `bench.plot` draws it."""
