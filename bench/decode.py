@@ -3,8 +3,8 @@
     python -m bench.decode                  # the GPU: batch 128 and 1, contexts 512 to 8192
     python -m bench.decode --device cpu     # small shapes, the same path
 
-Every provider gets the same inputs. A result is compared with float64 first; one whose error exceeds
-twice that of plain PyTorch in bf16 gets no time: its row stays, empty, and the exit code is 1.
+Every provider gets the same inputs. A result is compared with float64 first; one whose error is
+over twice that of plain PyTorch in bf16 gets no time: its row stays, empty, and the exit code is 1.
 """
 
 from collections.abc import Callable
