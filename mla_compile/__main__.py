@@ -7,13 +7,15 @@ from importlib.util import find_spec
 def main() -> int:
     if find_spec("transformers") is None:
         raise SystemExit("the demo needs transformers: pip install -e '.[demo]'")
-    from mla_compile import demo
+    from mla_compile.demo import __doc__ as description
+    from mla_compile.demo import add_arguments
+    from mla_compile.demo import main as run
 
     parser = argparse.ArgumentParser(prog="python -m mla_compile")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("demo", description=demo.__doc__)
-    demo.add_arguments(command)
-    command.set_defaults(run=demo.main)
+    command = commands.add_parser("demo", description=description)
+    add_arguments(command)
+    command.set_defaults(run=run)
     args = parser.parse_args()
     result: int = args.run(args)
     return result

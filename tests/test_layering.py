@@ -1,0 +1,80 @@
+"""The shape of the checkout: import order, sizes, top level, cost of `import mla_compile`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mla_compile"
+TOP_LEVEL = {"LICENSE", "README.md", "bench", "mla_compile", "passes", "pyproject.toml", "tests"}
+# Each module may import only what stands left of it.
+ORDER = """
+dims paged contents validate reference
+kernels.config kernels.split kernels.combine kernels.decode ops
+passes.graph passes.indexing passes.site passes.softmax passes.normal_form passes.absorb
+passes.recognise passes.rewrite passes.inductor
+backend explain demo __main__
+"""
+SOURCES = sorted(
+    [*PACKAGE.glob("*.py"), *PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("passes/*.py")]
+)
+MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in SOURCES}
+COST = """
+import sys, time, torch
+before = set(sys.modules)
+start = time.perf_counter()
+import mla_compile
+seconds = time.perf_counter() - start
+new = set(sys.modules) - before
+print(seconds, torch.cuda.is_initialized(), *new & {"triton", "torch._dynamo", "torch._inductor"})
+"""
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere, function bodies included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mla_compile"):
+            found.add((node.module or "").removeprefix("mla_compile").lstrip("."))
+        if isinstance(node, ast.Import):
+            found |= {n.name[12:] for n in node.names if n.name.startswith("mla_compile.")}
+    return found
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__init__")])
+def test_a_module_imports_only_what_stands_left_of_it(module: str) -> None:
+    order = ORDER.split()
+    later = imported(MODULES[module]) - set(order[: order.index(module)])
+    assert not later, f"{module} imports {later}, see ORDER"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_has_more_than_400_lines(module: str) -> None:
+    assert len(MODULES[module].read_text().splitlines()) <= 400
+
+
+def test_top_level_is_what_the_design_says() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("no git history here: tracked files and build outputs look the same")
+    names = {line.partition("/")[0] for line in tracked.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
+
+
+def test_passes_is_not_importable_by_its_folder_name() -> None:
+    command = [sys.executable, "-c", "import passes"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "ImportError: import mla_compile.passes, not passes" in result.stderr
+
+
+def test_import_is_quick_and_touches_no_gpu_triton_or_compiler() -> None:
+    runs = []
+    for _ in range(3):
+        command = [sys.executable, "-c", COST]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        runs.append(result.stdout.split())
+    assert min(float(run[0]) for run in runs) < 0.3
+    assert all(run[1:] == ["False"] for run in runs), runs
