@@ -78,8 +78,24 @@ def make_model(args: argparse.Namespace, device: torch.device) -> DeepseekV3ForC
         initializer_range=0.06,  # wide enough that the softmax is far from uniform
     )
     config._attn_implementation = args.attention
-    model = DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
-    return model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    model: DeepseekV3ForCausalLM = DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
+    model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    return model
+
+
+def make_latents(
+    model: DeepseekV3ForCausalLM, batch: int, context: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Per layer kv_c and k_pe, each [B, 1, context, width]."""
+    config = model.config
+
+    def randn(width: int) -> Tensor:
+        return torch.randn(batch, 1, context, width).to(model.device, model.dtype)
+
+    return [
+        (randn(config.kv_lora_rank), randn(config.qk_rope_head_dim))
+        for _ in range(config.num_hidden_layers)
+    ]
 
 
 def make_cache(
@@ -190,13 +206,7 @@ def main(args: argparse.Namespace) -> int:
         f"DeepSeek-V3, random weights: {args.layers} layers, {args.heads} heads, latent 512 + 64, "
         f"batch {args.batch}, {args.context} cached tokens, {model.dtype}, {device}"
     )
-    latents = [
-        tuple(
-            torch.randn(args.batch, 1, args.context, width).to(device, model.dtype)
-            for width in (config.kv_lora_rank, config.qk_rope_head_dim)
-        )
-        for _ in range(args.layers)
-    ]
+    latents = make_latents(model, args.batch, args.context)
     first = torch.randint(config.vocab_size, (args.batch,), device=device)
     with progress("float64 reference"):
         inputs, exact = reference(model, latents, first, args.tokens)

@@ -37,8 +37,10 @@ def imported(path: Path) -> set[str]:
     """Modules of this package that a file imports anywhere, function bodies included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mla_compile"):
-            found.add((node.module or "").removeprefix("mla_compile").lstrip("."))
+        if isinstance(node, ast.ImportFrom) and node.module == "mla_compile":
+            found |= {n.name for n in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mla_compile."):
+            found.add((node.module or "").removeprefix("mla_compile."))
         if isinstance(node, ast.Import):
             found |= {n.name[12:] for n in node.names if n.name.startswith("mla_compile.")}
     return found
