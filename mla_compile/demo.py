@@ -79,7 +79,7 @@ def make_model(args: argparse.Namespace, device: torch.device) -> DeepseekV3ForC
     )
     config._attn_implementation = args.attention
     model: DeepseekV3ForCausalLM = DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
-    model.to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    nn.Module.to(model, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     return model
 
 
