@@ -1,0 +1,103 @@
+"""Questions about the nodes of an ATen graph.  Sizes may be symbolic; no answer ever adds a guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+Size = Any  # int or torch.SymInt
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+CONTRACTIONS = frozenset({aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default})
+FUSED_ATTENTION = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+# Views of all of one tensor under other names.
+RENAMES = frozenset(
+    {
+        aten.clone.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.contiguous.default,
+        aten.lift_fresh_copy.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+    }
+)
+
+
+def true(condition: bool | torch.SymBool) -> bool:
+    return bool(statically_known_true(condition))
+
+
+def equal(a: Size, b: Size) -> bool:
+    return true(a == b)
+
+
+def divides(a: Size, b: Size) -> bool:
+    return true(b % a == 0)
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def dtype(node: Node) -> torch.dtype:
+    return node.meta["val"].dtype  # type: ignore[no-any-return]
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def is_scalar_tensor(value: Any) -> bool:
+    return is_tensor(value) and not shape(value)
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """An argument of an ATen call by its schema name; a SymInt argument as its value."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    if isinstance(value, Node) and not is_tensor(value):
+        value = value.meta["val"]
+    return default if value is None else value
+
+
+def constant(value: Any) -> float | None:
+    """The number that a scalar, or a tensor filled with one, stands for."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, Node) or value.op != "call_function":
+        return None
+    if value.target is aten.full.default:
+        return constant(value.args[1])
+    if value.target is aten.scalar_tensor.default or value.target in RENAMES or value.target in CASTS:
+        return constant(value.args[0])
+    return None
+
+
+def strip(node: Node) -> Node:
+    """The tensor behind views of all of it and casts."""
+    while node.op == "call_function" and (node.target in RENAMES or node.target in CASTS):
+        node = node.args[0]  # type: ignore[assignment]
+    return node

@@ -1,0 +1,88 @@
+"""The pass as Inductor sees it: one CustomGraphPass for `joint_custom_pre_pass`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph
+
+import mla_compile.ops  # noqa: F401  (the rewrite calls them)
+from mla_compile.passes.recognise import recognise
+from mla_compile.passes.rewrite import rewrite
+from mla_compile.passes.site import Miss, MLASite
+
+log = logging.getLogger(__name__)
+
+# rewritten, missed, failed: attentions since the process started, or since counters.clear()
+counters: Counter[str] = Counter()
+
+Verdict = MLASite | Miss
+
+
+class MLAPass(CustomGraphPass):
+    """Rewrites every MLA attention of an inference graph into `mla_compile::mla_decode`, then runs `previous`.
+
+    Fails open: an exception leaves the graph as it was, is logged with its trace and counted; `strict` raises it.
+    `record` is called with the verdict on each attention.  A graph from Inductor's cache does not pass here.
+    """
+
+    def __init__(
+        self,
+        previous: Sequence[Callable[[Graph], None]] = (),
+        strict: bool = False,
+        record: Callable[[Verdict], None] | None = None,
+    ):
+        self.previous, self.strict, self.record = tuple(previous), strict, record
+
+    def __call__(self, graph: Graph) -> None:
+        self._run(graph)
+        for other in self.previous:
+            other(graph)
+
+    def uuid(self) -> bytes | None:
+        """Whatever the compiled code depends on; None, which turns caching off, if a previous pass has none."""
+        previous = [getattr(p, "uuid", lambda: None)() for p in self.previous]
+        if None in previous:
+            return None
+        package = Path(mla_compile.ops.__file__).parent
+        sources = sorted(str(p) for p in {*package.rglob("*.py"), *Path(__file__).parent.glob("*.py")})
+        versions = (torch.__version__, triton.__version__, device_arch(), self.strict, previous)
+        return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
+
+    def _run(self, graph: Graph) -> None:
+        try:
+            for verdict in recognise(graph):
+                if isinstance(verdict, MLASite):
+                    rewrite(graph, verdict)
+                self._note(verdict)
+        except Exception:
+            if self.strict:
+                raise
+            counters["failed"] += 1
+            log.exception("the pass failed and left the rest of the graph as it was; please report this trace")
+        graph.eliminate_dead_code()
+
+    def _note(self, verdict: Verdict) -> None:
+        if isinstance(verdict, MLASite):
+            counters["rewritten"] += 1
+            log.info("rewritten: %s (%s), mask %s, %s", verdict.where, verdict.family, verdict.mask, verdict.dims)
+        else:
+            counters["missed"] += 1
+            log.info("left alone: %s: %s (%s); %s", verdict.where, verdict.detail, verdict.reason.name, verdict.remedy)
+        if self.record:
+            self.record(verdict)
+
+
+def device_arch() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return getattr(properties, "gcnArchName", None) or f"sm{properties.major}{properties.minor}"

@@ -1,0 +1,235 @@
+"""From an MLASite to nodes of the graph: absorb the projections, call the op, put the output where it was."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mla_compile.passes.graph import dtype, equal, is_tensor, shape
+from mla_compile.passes.indexing import Label, Leaf
+from mla_compile.passes.site import MLASite, ScoreTerm, span
+
+Group = tuple[Label, ...]
+Labelled = tuple[Tensor, list[Label]]  # one label per dimension
+
+
+def rewrite(graph: Graph, site: MLASite) -> None:
+    """Replace the attention by the op.  What becomes dead is left for the caller to remove."""
+    inputs = list(dict.fromkeys([*tensors_of(site), *symbols_of(graph, site)]))
+
+    def traced(*values: Tensor) -> Tensor:
+        return Emitter(dict(zip(inputs, values, strict=True))).attention(site)
+
+    examples = [n.meta["val"] for n in inputs]
+    mode = next(n for n in inputs if is_tensor(n)).meta["val"].fake_mode
+    with mode, torch.no_grad():
+        body = make_fx(traced, select_decomp_table())(*examples).graph
+    replacement = inline(graph, body, inputs, site.root)
+    site.root.replace_all_uses_with(replacement)
+
+
+def inline(graph: Graph, body: Graph, inputs: list[Node], before: Node) -> Node:
+    """Copy `body` into `graph`, keeping the user's source lines of the node it stands in for."""
+    kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
+    placeholders = iter(inputs)
+    copies: dict[Node, Node] = {}
+    with graph.inserting_before(before):
+        for node in body.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(placeholders)
+            elif node.op == "output":
+                return copies[node.args[0]]  # type: ignore[index]
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                copies[node].meta.update(kept)
+    raise AssertionError("a traced graph ends in an output")
+
+
+def leaves_of(site: MLASite) -> Iterable[Leaf]:
+    for term in (site.latent, site.rope):
+        if term:
+            yield from (*term.query, term.key)
+    yield from site.weights
+    yield from (m.leaf for m in site.masks)
+    yield from site.lengths.terms if site.lengths else ()
+
+
+def tensors_of(site: MLASite) -> Iterable[Node]:
+    def nodes(leaf: Leaf) -> Iterable[Node]:
+        yield leaf.node
+        for gathered in (d.label for entry in leaf.index for d in entry if isinstance(d.label, Leaf)):
+            yield from nodes(gathered)
+
+    for leaf in leaves_of(site):
+        yield from nodes(leaf)
+    for term in (site.latent, site.rope):
+        yield from term.scalars if term else ()
+    yield from site.value_scalars
+
+
+def symbols_of(graph: Graph, site: MLASite) -> Iterable[Node]:
+    """The nodes that hold the symbols which the sizes of the site are made of."""
+    sizes = [x for leaf in leaves_of(site) for entry in leaf.index for d in entry for x in (d.offset, d.base)]
+    sizes += [x.size for x in (*site.out, *site.batch, *site.queries, *site.heads, *site.time)]
+    sizes += [*shape(site.root), site.lengths.constant if site.lengths else 0]
+    free = {s for x in sizes if isinstance(x, torch.SymInt) for s in x.node.expr.free_symbols}
+    for node in graph.nodes:
+        if node is site.root:
+            return
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr in free:
+            free.remove(value.node.expr)
+            yield node
+
+
+@dataclass(frozen=True)
+class Emitter:
+    """Builds the replacement out of `tensors`, the values of the graph's nodes."""
+
+    tensors: dict[Node, Tensor]
+
+    def attention(self, site: MLASite) -> Tensor:
+        rows = (*site.batch, *site.queries), site.heads
+        kv_c, k_pe = self.cache(site.latent, site), self.cache(site.rope, site)
+        q_nope = self.query(site.latent, rows, site.latent.scale).to(kv_c.dtype)
+        q_pe = self.query(site.rope, rows, site.latent.scale).to(kv_c.dtype) if site.rope else q_nope[..., :0]
+        attn_mask, mask_fill = self.mask(site)
+        out, _ = torch.ops.mla_compile.mla_decode(
+            unit_stride(q_nope),
+            unit_stride(q_pe),
+            unit_stride(kv_c),
+            unit_stride(k_pe),
+            site.latent.scale,
+            seq_lens=self.seq_lens(site),
+            max_seqlen_q=span(site.queries),
+            causal=False,
+            attn_mask=attn_mask,
+            mask_fill=None if mask_fill == float("-inf") else mask_fill,
+        )
+        return self.output(out, site)
+
+    def query(self, term: ScoreTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
+        """[T, N, width]: the product of the queries and, where the keys are expanded, W_UK."""
+        q = self.product(term.query, (*rows, (term.feature,)))
+        if term.scale != sm_scale:
+            q = q * (term.scale / sm_scale)
+        return scaled(q, [self.tensors[s] for s in term.scalars])
+
+    def cache(self, term: ScoreTerm | None, site: MLASite) -> Tensor:
+        """[B, Skv, width]: the cache as pages of one sequence each."""
+        if term is None:
+            return self.cache(site.latent, site)[..., :0]
+        return self.view(term.key, (site.batch, site.time, (term.feature,)))
+
+    def mask(self, site: MLASite) -> tuple[Tensor | None, float]:
+        """One mask, broadcastable to [B, N, Sq, Skv], and what a False in it stands for."""
+        groups = (site.batch, site.heads, site.queries, site.time)
+        keep: Tensor | None = None
+        bias: Tensor | None = None
+        fill = float("-inf")
+        for mask in site.masks:
+            tensor = self.view(mask.leaf, groups)
+            if mask.fill is None:
+                added = tensor * mask.scale if mask.scale != 1 else tensor
+                bias = added if bias is None else bias + added
+            else:
+                tensor = tensor if mask.keep else ~tensor
+                keep = tensor if keep is None else keep & tensor
+                fill = mask.fill
+        if keep is None or bias is None:
+            return (bias if keep is None else keep), fill
+        return torch.where(keep, bias.float(), fill), fill
+
+    def seq_lens(self, site: MLASite) -> Tensor | None:
+        if site.lengths is None:
+            return None
+        Skv = span(site.time)
+        lengths = sum((self.view(t, (site.batch,)) for t in site.lengths.terms), start=0) + site.lengths.constant
+        if not isinstance(lengths, Tensor):
+            lengths = torch.full((1,), lengths, dtype=torch.int64, device=self.tensors[site.latent.key.node].device)
+        lengths = lengths.expand(span(site.batch))
+        if site.lengths.fill == float("-inf"):
+            return lengths.clamp(min=0, max=Skv)
+        return torch.where(lengths > 0, lengths.clamp(max=Skv), Skv)
+
+    def output(self, out: Tensor, site: MLASite) -> Tensor:
+        """From [T, N, Lkv] to the root's shape and type, through W_UV where the values are expanded."""
+        labels = (*site.batch, *site.queries, *site.heads, site.value_feature)
+        latent = out.reshape([x.size for x in labels])
+        result = einsum([(latent, list(labels)), *map(self.spread, site.weights)], site.out)
+        result = result * site.value_scale if site.value_scale != 1 else result
+        result = scaled(result, [self.tensors[s] for s in site.value_scalars])
+        return result.reshape(shape(site.root)).to(dtype(site.root)).contiguous()
+
+    def product(self, leaves: tuple[Leaf, ...], groups: tuple[Group, ...]) -> Tensor:
+        """The product of leaves, summed over the labels that are in no group, one dimension per group."""
+        labels = [x for group in groups for x in group]
+        value = einsum([self.spread(x) for x in leaves], labels)
+        return value.reshape([span(group) for group in groups])
+
+    def view(self, leaf: Leaf, groups: tuple[Group, ...]) -> Tensor:
+        """A leaf with one dimension per group, of size one where it depends on no label of the group."""
+        tensor, labels = self.spread(leaf)
+        groups = tuple(group if set(group) & set(labels) else () for group in groups)
+        tensor = broadcast_to(tensor, labels, [x for group in groups for x in group])
+        return tensor.reshape([span(group) for group in groups])
+
+    def spread(self, leaf: Leaf) -> Labelled:
+        """A leaf as a tensor with one dimension per label."""
+        tensor, labels = self.tensors[leaf.node], []
+        for entry in leaf.index:
+            dim = len(labels)
+            if not entry:
+                tensor = tensor.select(dim, 0)
+            elif len(entry) > 1:
+                tensor = tensor.unflatten(dim, [d.base for d in entry])
+            for d in entry:
+                dim = len(labels)
+                if d.label is None:
+                    tensor = tensor.select(dim, d.offset)
+                elif isinstance(d.label, Leaf):
+                    table, inner = self.spread(d.label)
+                    tensor = tensor[(*[slice(None)] * dim, table)]
+                    labels += inner
+                else:
+                    tensor = tensor if d.full else tensor.narrow(dim, d.offset, d.label.size)
+                    labels.append(d.label)
+        return tensor, labels
+
+
+def broadcast_to(tensor: Tensor, labels: list[Label], wanted: Sequence[Label]) -> Tensor:
+    """Permute the dimensions of `labels` to the order of `wanted` and expand over those that are missing."""
+    tensor = tensor.permute([labels.index(x) for x in wanted if x in labels])
+    for dim, x in enumerate(wanted):
+        if x not in labels:
+            tensor = tensor.unsqueeze(dim)
+    return tensor.expand([x.size for x in wanted])
+
+
+def einsum(factors: list[Labelled], wanted: Sequence[Label]) -> Tensor:
+    """The product of labelled tensors in their widest type, with the dimensions `wanted`, in that order."""
+    wide = functools.reduce(torch.promote_types, [t.dtype for t, _ in factors])
+    numbers: dict[Label, int] = {}
+    operands: list[object] = []
+    for tensor, labels in factors:
+        operands += [tensor.to(wide), [numbers.setdefault(x, len(numbers)) for x in labels]]
+    present = [x for x in wanted if x in numbers]
+    return broadcast_to(torch.einsum(*operands, [numbers[x] for x in present]), present, wanted)  # type: ignore[arg-type]
+
+
+def scaled(tensor: Tensor, scalars: Iterable[Tensor]) -> Tensor:
+    for scalar in scalars:
+        tensor = tensor * scalar
+    return tensor
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The op reads rows of consecutive features."""
+    return tensor if equal(tensor.stride(-1), 1) else tensor.contiguous()

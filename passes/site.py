@@ -1,0 +1,164 @@
+"""What the recogniser says of one attention: an `MLASite`, to be rewritten, or a `Miss`, with its reason."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from torch.fx import Node
+
+from mla_compile.passes.graph import Size
+from mla_compile.passes.indexing import Label, Leaf
+
+
+class Reason(enum.Enum):
+    """Why an attention was left alone.  The value is what the user can do about it."""
+
+    NO_LATENT = "MLA needs keys and values that share one latent cache; a cache of per-head keys cannot be absorbed"
+    VALUE = "use the latent part of the keys as the values, from the same cache, rows and positions"
+    SCORE = "write the score as (q_nope·kv_c + q_pe·k_pe)·scale, then a mask, then softmax"
+    SCALE = "use one finite positive softmax scale for the whole call"
+    MASK = "use one boolean mask, one additive mask, or both with a fill of -inf or finfo.min"
+    ESCAPE = "do not return or reuse scores, probabilities or expanded keys and values (output_attentions=False)"
+    SOFTMAX = "normalise over all cached tokens, with nothing added to or cut from the probabilities"
+    CAUSAL = "pass the causal mask explicitly, or decode one token at a time"
+    DROPOUT = "run in eval mode"
+    PREFILL = "nothing to do: with this many queries expanding the cache is the cheaper way"
+    LAYOUT = "keep batch, head and feature dimensions of queries, cache and weights separate"
+    DTYPE = "keep the cache in bfloat16, float16 or float32"
+    INTERNAL = "report it, with the trace in the log; the graph was left as it was"
+
+
+class Refusal(Exception):
+    """Raised inside the recogniser; becomes a Miss."""
+
+    def __init__(self, reason: Reason, detail: str, node: Node | None = None):
+        super().__init__(detail)
+        self.reason, self.detail, self.node = reason, detail, node
+
+
+def source_line(node: Node) -> str:
+    """file:line of the innermost frame of the user's code that made `node`, or '?'."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File ")]
+    if not frames:
+        return "?"
+    file, line = frames[-1].split(", ")[:2]
+    return f"{file.removeprefix('File ').strip(chr(34))}:{line.removeprefix('line ')}"
+
+
+@dataclass(frozen=True)
+class Miss:
+    """An attention that was left as it was."""
+
+    reason: Reason
+    detail: str
+    node: Node
+    where: str
+
+    @property
+    def remedy(self) -> str:
+        return self.reason.value
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask on the scores.  With `fill`: a boolean tensor, scores become `fill` where it is not `keep`.
+    Without: `scale` times the tensor is added to the scores."""
+
+    leaf: Leaf
+    keep: bool = True
+    fill: float | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sequence b sees the tokens before sum(terms) + constant; each term is an integer tensor over the batch."""
+
+    terms: tuple[Leaf, ...]
+    constant: Size
+    fill: float
+
+
+@dataclass(frozen=True)
+class ScoreTerm:
+    """scale · Π scalars · Σ_feature (Π query) · key: one of the two contractions under the softmax."""
+
+    query: tuple[Leaf, ...]
+    key: Leaf
+    feature: Label
+    scale: float
+    scalars: tuple[Node, ...]
+
+
+def span(labels: Iterable[Label]) -> Size:
+    """How many values the labels run over together."""
+    return prod((x.size for x in labels), start=1)
+
+
+@dataclass(frozen=True)
+class MLASite:
+    """MLA attention in normal form.  The emitter needs nothing else of the graph.
+
+    out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · kv_c, times `weights` (W_UV).
+    """
+
+    root: Node
+    out: tuple[Label, ...]
+    batch: tuple[Label, ...]
+    queries: tuple[Label, ...]
+    heads: tuple[Label, ...]
+    time: tuple[Label, ...]
+    latent: ScoreTerm
+    rope: ScoreTerm | None
+    value_feature: Label
+    weights: tuple[Leaf, ...]
+    value_scale: float
+    value_scalars: tuple[Node, ...]
+    masks: tuple[Mask, ...]
+    lengths: Lengths | None
+    where: str
+
+    @property
+    def expanded(self) -> bool:
+        """K or V is expanded from the latent in the graph: W_UK moves to the query, W_UV to the output."""
+        return len(self.latent.query) > 1 or bool(self.weights)
+
+    @property
+    def dims(self) -> dict[str, Size]:
+        """Sizes by the names of DESIGN.md's symbol table."""
+        Lkv = self.latent.feature.size
+        values = frozenset(self.out) - frozenset(self.batch + self.queries + self.heads)
+        return {
+            "B": span(self.batch),
+            "Sq": span(self.queries),
+            "Skv": span(self.time),
+            "N": span(self.heads),
+            "Lkv": Lkv,
+            "R": self.rope.feature.size if self.rope else 0,
+            "P": span(self.projected) if len(self.latent.query) > 1 else Lkv,
+            "V": span(values),
+        }
+
+    @property
+    def projected(self) -> frozenset[Label]:
+        """The labels that queries and W_UK are contracted over."""
+        labels = frozenset().union(*(q.labels for q in self.latent.query))
+        return labels - frozenset((*self.batch, *self.queries, *self.heads, self.latent.feature))
+
+    @property
+    def family(self) -> str:
+        cache = "two caches"
+        if self.rope is None:
+            cache = "no rope"
+        elif self.rope.key.node is self.latent.key.node:
+            cache = "one fused cache"
+        return f"{'expanded from the latent' if self.expanded else 'absorbed'}, {cache}"
+
+    @property
+    def mask(self) -> str:
+        kinds = ["length"] if self.lengths else []
+        kinds += ["bool" if m.fill is not None else "additive" for m in self.masks]
+        return " + ".join(kinds) or "none"
