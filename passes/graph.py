@@ -1,4 +1,7 @@
-"""Questions about the nodes of an ATen graph.  Sizes may be symbolic; no answer ever adds a guard."""
+"""Questions about the nodes of an ATen graph.
+
+Sizes may be symbolic; no answer adds a guard.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ Size = Any  # int or torch.SymInt
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
-CONTRACTIONS = frozenset({aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default})
+CONTRACTIONS = frozenset(
+    {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+)
 FUSED_ATTENTION = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -57,6 +62,13 @@ def divides(a: Size, b: Size) -> bool:
     return true(b % a == 0)
 
 
+def plain(n: Size) -> Size:
+    """A symbolic integer without symbols as an int."""
+    if isinstance(n, torch.SymInt) and n.node.expr.is_number:
+        return int(n.node.expr)
+    return n
+
+
 def shape(node: Node) -> tuple[Size, ...]:
     return tuple(node.meta["val"].shape)
 
@@ -91,7 +103,11 @@ def constant(value: Any) -> float | None:
         return None
     if value.target is aten.full.default:
         return constant(value.args[1])
-    if value.target is aten.scalar_tensor.default or value.target in RENAMES or value.target in CASTS:
+    if (
+        value.target is aten.scalar_tensor.default
+        or value.target in RENAMES
+        or value.target in CASTS
+    ):
         return constant(value.args[0])
     return None
 

@@ -1,9 +1,9 @@
 """Index expressions: which element of which tensor a loop nest reads.
 
-Every loop index is a `Label`.  An index has one entry per tensor dimension, and an entry is a tuple of
-mixed-radix `Digit`s, outermost first; a dimension of size one has the empty entry.  A view does not move
-data, so it only rewrites the index: `relabel(node, index)` returns the tensor that `node[index]` really
-reads and the index it is read at.
+Every loop index is a `Label`.  An index has one entry per tensor dimension, and an entry is a tuple
+of mixed-radix `Digit`s, outermost first; a dimension of size one has the empty entry.  A view does
+not move data, so it only rewrites the index: `relabel(node, index)` returns the tensor that
+`node[index]` really reads and the index it is read at.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mla_compile.passes.graph import Size, argument, aten, divides, dtype, equal, shape, true
+from mla_compile.passes.graph import Size, argument, aten, divides, dtype, equal, plain, shape, true
+
 
 @dataclass(frozen=True, eq=False)
 class Label:
@@ -26,21 +27,35 @@ class Label:
     name: str
     size: Size
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", plain(self.size))
+
     def __repr__(self) -> str:
         return self.name
 
 
 @dataclass(frozen=True, eq=False)
 class Digit:
-    """The value `label + offset` in radix `base`; without a label the constant `offset`; with a `Leaf` a gathered index."""
+    """The value `label + offset` in radix `base`.
+
+    Without a label it is the constant `offset`, with a `Leaf` an index read from a tensor.
+    """
 
     label: Label | Leaf | None
     offset: Size
     base: Size
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offset", plain(self.offset))
+        object.__setattr__(self, "base", plain(self.base))
+
     @property
     def full(self) -> bool:
-        return isinstance(self.label, Label) and equal(self.offset, 0) and equal(self.label.size, self.base)
+        return (
+            isinstance(self.label, Label)
+            and equal(self.offset, 0)
+            and equal(self.label.size, self.base)
+        )
 
     def key(self, rename: dict[Label, str]) -> tuple[object, str, str]:
         name: object = None
@@ -123,7 +138,7 @@ def outermost(entry: Entry) -> tuple[Digit, Size]:
 
 
 def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | None:
-    """The index into shape `old` that reads what `index` reads in the reshaped `new`; None if it is no such index."""
+    """The index into shape `old` that reads what `index` reads in the reshaped `new`, if there is one."""
     digits = [d for entry in index for d in entry if not equal(d.base, 1)]
     entries: list[Entry] = []
     for size in reversed(list(old)):
@@ -149,10 +164,16 @@ def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | N
 
 
 def split_digit(digit: Digit, inner: Size) -> tuple[Digit, Digit] | None:
-    """Write a constant as two digits, the inner of radix `inner`; ask for a label to be refined first."""
+    """Write a constant as two digits, the inner of radix `inner`; ask for a label to be refined."""
     if digit.label is None:
-        return Digit(None, digit.offset // inner, digit.base // inner), Digit(None, digit.offset % inner, inner)
-    if isinstance(digit.label, Label) and divides(inner, digit.offset) and divides(inner, digit.label.size):
+        return Digit(None, digit.offset // inner, digit.base // inner), Digit(
+            None, digit.offset % inner, inner
+        )
+    if (
+        isinstance(digit.label, Label)
+        and divides(inner, digit.offset)
+        and divides(inner, digit.label.size)
+    ):
         raise Refine(digit.label, inner)
     return None
 
@@ -174,11 +195,13 @@ Read = tuple[Node, Index] | None
 
 
 def pick_part(index: Index, dim: int, parts: list[Part]) -> Read:
-    """Read a tensor assembled from consecutive `parts` along `dim`: from the one part that the index stays in."""
+    """Read a tensor made of consecutive `parts` along `dim` from the one that the index stays in."""
     if not index[dim]:
         return None
     first, span = outermost(index[dim])
-    if isinstance(first.label, Leaf) or not all(divides(span, n) for begin, length, _, _ in parts for n in (begin, length)):
+    if isinstance(first.label, Leaf) or not all(
+        divides(span, n) for begin, length, _, _ in parts for n in (begin, length)
+    ):
         return None
     low = first.offset
     high = low + (first.label.size if first.label else 1)
@@ -264,7 +287,10 @@ def _select(node: Node, index: Index) -> Read:
 
 def _getitem(node: Node, index: Index) -> Read:
     pieces, which = node.args
-    if not isinstance(pieces, Node) or pieces.target not in (aten.split_with_sizes.default, aten.split.Tensor):
+    if not isinstance(pieces, Node) or pieces.target not in (
+        aten.split_with_sizes.default,
+        aten.split.Tensor,
+    ):
         return None
     source: Node = pieces.args[0]  # type: ignore[assignment]
     dim = _axis(pieces, len(index))
@@ -355,8 +381,9 @@ _RULES: dict[Any, Callable[[Node, Index], Read]] = {
     aten.index.Tensor: _gather,
 }
 
+
 def relabel(node: Node, index: Index) -> Read:
-    """Where `node[index]` really reads: (tensor, index), or None if `node` is no view or not of a known kind.
+    """Where `node[index]` really reads: (tensor, index); None if `node` is not a view of a known kind.
 
     Raises Refine or Segment when the answer is different for different parts of a label.
     """

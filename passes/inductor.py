@@ -14,7 +14,8 @@ import triton
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-import mla_compile.ops  # noqa: F401  (the rewrite calls them)
+import mla_compile.ops
+from mla_compile.passes.absorb import weigh
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.rewrite import rewrite
 from mla_compile.passes.site import Miss, MLASite
@@ -28,10 +29,11 @@ Verdict = MLASite | Miss
 
 
 class MLAPass(CustomGraphPass):
-    """Rewrites every MLA attention of an inference graph into `mla_compile::mla_decode`, then runs `previous`.
+    """Rewrites the MLA attentions of an inference graph into the op, then runs `previous` passes.
 
-    Fails open: an exception leaves the graph as it was, is logged with its trace and counted; `strict` raises it.
-    `record` is called with the verdict on each attention.  A graph from Inductor's cache does not pass here.
+    Fails open: an exception leaves the attention as it was, is logged with its trace and counted;
+    `strict` raises it.  `record` is called with the verdict on each attention.  A graph that comes
+    from Inductor's cache does not pass here.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class MLAPass(CustomGraphPass):
             other(graph)
 
     def uuid(self) -> bytes | None:
-        """Whatever the compiled code depends on; None, which turns caching off, if a previous pass has none."""
+        """All that the compiled code depends on; None, no caching, if a previous pass has none."""
         previous = [getattr(p, "uuid", lambda: None)() for p in self.previous]
         if None in previous:
             return None
         package = Path(mla_compile.ops.__file__).parent
-        sources = sorted(str(p) for p in {*package.rglob("*.py"), *Path(__file__).parent.glob("*.py")})
+        sources = sorted(
+            str(p) for p in {*package.rglob("*.py"), *Path(__file__).parent.glob("*.py")}
+        )
         versions = (torch.__version__, triton.__version__, device_arch(), self.strict, previous)
         return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
 
@@ -61,22 +65,38 @@ class MLAPass(CustomGraphPass):
         try:
             for verdict in recognise(graph):
                 if isinstance(verdict, MLASite):
-                    rewrite(graph, verdict)
+                    verdict = weigh(verdict)
+                if isinstance(verdict, MLASite):
+                    verdict = rewrite(graph, verdict)
                 self._note(verdict)
         except Exception:
             if self.strict:
                 raise
             counters["failed"] += 1
-            log.exception("the pass failed and left the rest of the graph as it was; please report this trace")
+            log.exception(
+                "the pass failed and left the rest of the graph as it was; please report this trace"
+            )
         graph.eliminate_dead_code()
 
     def _note(self, verdict: Verdict) -> None:
         if isinstance(verdict, MLASite):
             counters["rewritten"] += 1
-            log.info("rewritten: %s (%s), mask %s, %s", verdict.where, verdict.family, verdict.mask, verdict.dims)
+            log.info(
+                "rewritten: %s (%s), mask %s, %s",
+                verdict.where,
+                verdict.family,
+                verdict.mask,
+                verdict.dims,
+            )
         else:
             counters["missed"] += 1
-            log.info("left alone: %s: %s (%s); %s", verdict.where, verdict.detail, verdict.reason.name, verdict.remedy)
+            log.info(
+                "left alone: %s: %s (%s); %s",
+                verdict.where,
+                verdict.detail,
+                verdict.reason.name,
+                verdict.remedy,
+            )
         if self.record:
             self.record(verdict)
 

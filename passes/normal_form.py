@@ -1,8 +1,9 @@
 """The normal form: attention as a sum of products of indexed leaves, the same for every spelling.
 
-`Evaluator.evaluate(node, index)` reads one element of a tensor expression, top-down: views rewrite the
-index (see indexing), contractions become sums over a fresh label, and whatever is not understood is a leaf,
-which is always a correct description.  A softmax is one factor that holds its score in the same form.
+`Evaluator.evaluate(node, index)` reads one element of a tensor expression, top-down: views rewrite
+the index (see indexing), contractions become sums over a fresh label, and whatever is not understood
+is a leaf, which is always a correct description.  A softmax is one factor that holds its score in
+the same form.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ from mla_compile.passes.indexing import (
     squeeze,
     whole,
 )
-from mla_compile.passes.site import Mask, Reason, Refusal
+from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
 from mla_compile.passes.softmax import Attention
 
+DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
+SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
 # A fill this low replaces the score it is added to: no score has a bit left beside it.
 ABSORBING = -1e30
 
@@ -75,11 +78,14 @@ class Term:
     factors: tuple[Factor, ...]
     summed: frozenset[Label] = frozenset()
     scale: float = 1.0
-    scalars: tuple[Node, ...] = ()
+    scalars: tuple[Scalar, ...] = ()
 
     def times(self, other: Term) -> Term:
         return Term(
-            self.factors + other.factors, self.summed | other.summed, self.scale * other.scale, self.scalars + other.scalars
+            self.factors + other.factors,
+            self.summed | other.summed,
+            self.scale * other.scale,
+            self.scalars + other.scalars,
         )
 
 
@@ -94,8 +100,9 @@ class Context(enum.Enum):
 class Evaluator:
     """Evaluates one attention.
 
-    `eliminate` holds the row labels that the cache does not depend on.  A cache-side tensor that is free of them
-    is a leaf: it is the cache, however it was computed.  None means they are not known yet: read on to the end.
+    `eliminate` holds the row labels that the cache does not depend on.  A cache-side tensor that is
+    free of them is a leaf: it is the cache, however it was computed.  None means that they are not
+    known yet: read on to the end.
     """
 
     def __init__(self, attention: Attention, eliminate: frozenset[Label] | None):
@@ -128,13 +135,23 @@ class Evaluator:
             return self._fused(node.args[0], index)  # type: ignore[arg-type]
         if node.target in CONTRACTIONS or node.target is aten.sum.dim_IntList:
             self.expanded.add(node)
-            return self._contraction(node, index) if node.target in CONTRACTIONS else self._reduction(node, index)
+            return (
+                self._contraction(node, index)
+                if node.target in CONTRACTIONS
+                else self._reduction(node, index)
+            )
         if node.target is aten.mul.Tensor and context is Context.PRODUCT:
             a, b = (self.evaluate(x, broadcast(x, index)) for x in node.args)  # type: ignore[arg-type]
             return [x.times(y) for x in a for y in b]
         if context is Context.SCORE:
-            if node.target is aten.add.Tensor and isinstance(node.args[1], Node) and argument(node, "alpha", 1) == 1:
-                return [t for x in node.args for t in self.evaluate(x, broadcast(x, index), context)]  # type: ignore[arg-type]
+            if (
+                node.target is aten.add.Tensor
+                and isinstance(node.args[1], Node)
+                and argument(node, "alpha", 1) == 1
+            ):
+                return [
+                    t for x in node.args for t in self.evaluate(x, broadcast(x, index), context)
+                ]  # type: ignore[arg-type]
             if node.target is aten.where.self and (masked := self._masked(node, index)) is not None:
                 return masked
         return [Term((Leaf(node, index),))]
@@ -142,7 +159,9 @@ class Evaluator:
     def _stops(self, node: Node, labels: frozenset[Label]) -> bool:
         if node in self.attention.path:
             return False
-        return not labels & self.time or (self.eliminate is not None and not labels & self.eliminate)
+        return not labels & self.time or (
+            self.eliminate is not None and not labels & self.eliminate
+        )
 
     def _relabel(self, node: Node, index: Index, timeless: bool) -> tuple[Node, Index] | None:
         try:
@@ -164,24 +183,24 @@ class Evaluator:
         if narrow not in FLOATS or wide not in FLOATS:
             return None
         exact = wide.itemsize > narrow.itemsize or wide == narrow
-        return source if exact or context is Context.SCORE or not self._stops(node, labels) else None
+        return (
+            source if exact or context is Context.SCORE or not self._stops(node, labels) else None
+        )
 
-    def _scaled(self, node: Node) -> tuple[Node, float, tuple[Node, ...]] | None:
-        """node = tensor · number, tensor / number, -tensor or tensor · 0-d tensor."""
+    def _scaled(self, node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:
+        """node = tensor times or over a number or a 0-d tensor, or -tensor."""
         if node.target is aten.neg.default:
             return node.args[0], -1.0, ()  # type: ignore[return-value]
-        if node.target in (aten.div.Tensor, aten.div.Scalar):
-            divisor = constant(node.args[1])
-            return (node.args[0], 1 / divisor, ()) if divisor else None  # type: ignore[return-value]
-        if node.target not in (aten.mul.Tensor, aten.mul.Scalar):
+        if node.target not in SCALINGS:
             return None
-        for tensor, factor in (node.args, node.args[::-1]):
+        inverse = node.target in DIVISIONS
+        for tensor, factor in (node.args, node.args[::-1])[: 1 if inverse else 2]:
             if not isinstance(tensor, Node) or is_scalar_tensor(tensor):
                 continue
-            if (number := constant(factor)) is not None:
-                return tensor, number, ()
-            if is_scalar_tensor(factor):
-                return tensor, 1.0, (factor,)  # type: ignore[return-value]
+            if number := constant(factor):
+                return tensor, 1 / number if inverse else number, ()
+            if is_scalar_tensor(factor) and constant(factor) is None:
+                return tensor, 1.0, (Scalar(factor, inverse),)  # type: ignore[arg-type]
         return None
 
     def _sum(self, size: Size, body: Callable[[Entry], list[Term]], time: bool) -> list[Term]:
@@ -272,14 +291,22 @@ class Evaluator:
         axis, scores = self.attention.axis, self.attention.scores
         digits = index[axis]
         if not all(d.full for d in digits) or {d.label for d in digits} != self.time:
-            raise Refusal(Reason.SOFTMAX, "the probabilities are cut or reordered before they meet the values", self.attention.softmax)
+            raise Refusal(
+                Reason.SOFTMAX,
+                "the probabilities are cut or reordered before they meet the values",
+                self.attention.softmax,
+            )
         score = self.evaluate(scores, index, Context.SCORE)  # type: ignore[arg-type]
         return self._rows(score, index[:axis] + index[axis + 1 :], digits)
 
     def _rows(self, score: list[Term], rows: Index, digits: Entry) -> Softmax:
         row_digits = [d for entry in rows for d in entry]
         if not all(d.full for d in row_digits):
-            raise Refusal(Reason.SOFTMAX, "only some rows of the probabilities are used", self.attention.softmax)
+            raise Refusal(
+                Reason.SOFTMAX,
+                "only some rows of the probabilities are used",
+                self.attention.softmax,
+            )
         labels = tuple(d.label for d in row_digits)
         return Softmax(tuple(score), labels, tuple(d.label for d in digits))  # type: ignore[arg-type]
 
@@ -288,16 +315,29 @@ class Evaluator:
         query, key, value = call.args[:3]
         names = [a.name for a in call.target._schema.arguments]  # type: ignore[union-attr]
         if argument(call, "is_causal", False):
-            raise Refusal(Reason.CAUSAL, "the fused attention call applies its own (top-left) causal mask", call)
+            raise Refusal(
+                Reason.CAUSAL,
+                "the fused attention call applies its own (top-left) causal mask",
+                call,
+            )
         if argument(call, "dropout_p", 0.0) != 0.0:
             raise Refusal(Reason.DROPOUT, "the fused attention call drops probabilities", call)
         heads = {str(shape(x)[1]) for x in (query, key, value)}  # type: ignore[arg-type]
         if len(heads) != 1:
-            raise Refusal(Reason.LAYOUT, f"grouped heads inside a fused attention call: {sorted(heads)}", call)
+            raise Refusal(
+                Reason.LAYOUT, f"grouped heads inside a fused attention call: {sorted(heads)}", call
+            )
         width = shape(query)[-1]  # type: ignore[arg-type]
         scale = argument(call, "scale")
         scale = float(width) ** -0.5 if scale is None else float(scale)
-        mask = next((m for n in ("attn_mask", "attn_bias") if n in names and (m := argument(call, n)) is not None), None)
+        mask = next(
+            (
+                m
+                for n in ("attn_mask", "attn_bias")
+                if n in names and (m := argument(call, n)) is not None
+            ),
+            None,
+        )
         batch, head, row, column = index
 
         def attend(t: Entry) -> list[Term]:
@@ -328,7 +368,10 @@ def refined(entry: Entry, refine: Refine, outer: Label, inner: Label) -> Entry:
             digits.append(d)
             continue
         if not (divides(inner.size, d.offset) and divides(inner.size, d.base)):
-            raise Refusal(Reason.LAYOUT, f"a dimension of {d.base} is cut off the grid of {inner.size} that a view needs")
+            raise Refusal(
+                Reason.LAYOUT,
+                f"a dimension of {d.base} is cut off the grid of {inner.size} that a view needs",
+            )
         digits += [Digit(outer, d.offset // inner.size, d.base // inner.size), *whole(inner)]
     return tuple(digits)
 
@@ -337,7 +380,10 @@ def cut(entry: Entry, segment: Segment, fresh: Callable[[Size], Label]) -> list[
     """Copies of an entry, each restricted to one segment of a label."""
     pieces, begin = [], 0
     for size in segment.sizes:
-        piece = tuple(Digit(fresh(size), d.offset + begin, d.base) if d.label is segment.label else d for d in entry)
+        piece = tuple(
+            Digit(fresh(size), d.offset + begin, d.base) if d.label is segment.label else d
+            for d in entry
+        )
         pieces.append(piece)
         begin = begin + size
     return pieces

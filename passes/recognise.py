@@ -1,7 +1,8 @@
 """One structural rule: is an attention in normal form multi-head latent attention?
 
-It is when every score term has one cache-side leaf, the value leaf is the latent part of the key leaves (same
-tensor, same positions), and the rows have labels (heads, queries) that the cache does not depend on.
+It is when every score term has one cache-side leaf, the value leaf is the latent part of the key
+leaves (same tensor, same positions), and the rows have labels (heads, queries) that the cache does
+not depend on.
 """
 
 from __future__ import annotations
@@ -12,31 +13,38 @@ from math import isfinite
 
 from torch.fx import Graph, Node
 
-from mla_compile.passes.absorb import absorption_pays
-from mla_compile.passes.graph import FLOATS, aten, dtype, equal, is_tensor, prims, shape, true
-from mla_compile.passes.indexing import Digit, Index, Label, Leaf, Refine, Segment, broadcast, settle, squeeze, whole
-from mla_compile.passes.normal_form import ABSORBING, Evaluator, Softmax, Term, refined
-from mla_compile.passes.site import Lengths, Mask, Miss, MLASite, Reason, Refusal, ScoreTerm, source_line
-from mla_compile.passes.softmax import Attention, find_attentions
+from mla_compile.passes.graph import FLOATS, dtype, equal, shape, true
+from mla_compile.passes.indexing import (
+    Digit,
+    Index,
+    Label,
+    Leaf,
+    Refine,
+    Segment,
+    squeeze,
+    whole,
+)
+from mla_compile.passes.masks import check_masks, split_lengths
+from mla_compile.passes.normal_form import Evaluator, Softmax, Term, refined
+from mla_compile.passes.site import Mask, Miss, MLASite, Reason, Refusal, ScoreTerm, source_line
+from mla_compile.passes.softmax import Attention, attention_of, find_softmaxes
 
 
 def recognise(graph: Graph) -> Iterator[MLASite | Miss]:
-    """What each attention of the graph is.  The caller may rewrite one before it asks for the next."""
-    for found in list(find_attentions(graph)):
+    """What each attention of the graph is.  One may be rewritten before the next is asked for."""
+    training = any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
+    for softmax in list(find_softmaxes(graph)):
         try:
-            if isinstance(found, Attention):
-                yield site(found)
-            else:
-                raise found[1]
-        except (Refine, Segment):
-            yield miss(Refusal(Reason.LAYOUT, "a view splits a dimension in a way that no index follows"), found)
+            attention = attention_of(softmax)
+            if attention and training:
+                raise Refusal(Reason.TRAINING, "the graph also computes gradients")
+            if attention:
+                yield site(attention)
+        except (Refine, Segment) as request:
+            detail = f"a view splits {request.label} in a way that no index follows"
+            yield Refusal(Reason.LAYOUT, detail).miss(softmax.node)
         except Refusal as refusal:
-            yield miss(refusal, found)
-
-
-def miss(refusal: Refusal, found: Attention | tuple[Node, Refusal]) -> Miss:
-    node = refusal.node or (found.softmax if isinstance(found, Attention) else found[0])
-    return Miss(refusal.reason, refusal.detail, node, source_line(node))
+            yield refusal.miss(softmax.node)
 
 
 def site(attention: Attention) -> MLASite:
@@ -45,7 +53,11 @@ def site(attention: Attention) -> MLASite:
     softmax, value = split_value(terms, attention)
     shared = frozenset(softmax.rows) - cache_labels((value, *softmax.score), softmax)
     if not shared:
-        raise Refusal(Reason.NO_LATENT, "keys and values have a row for every head and query", attention.softmax)
+        raise Refusal(
+            Reason.NO_LATENT,
+            "keys and values have a row for every head and query",
+            attention.softmax,
+        )
 
     evaluator = Evaluator(attention, shared)
     softmax, value = split_value(evaluator.evaluate(attention.root, index), attention)
@@ -54,7 +66,11 @@ def site(attention: Attention) -> MLASite:
     batch = tuple(x for x in softmax.rows if x not in shared)
     latent, rope, feature = split_keys(scores, kv_c, softmax, batch, attention)
     weights = tuple(f for f in value.factors if f is not kv_c and isinstance(f, Leaf))
-    heads = weight_rows((*latent.query, *weights), shared) if len(latent.query) > 1 or weights else frozenset()
+    heads = (
+        weight_rows((*latent.query, *weights), shared)
+        if len(latent.query) > 1 or weights
+        else frozenset()
+    )
     grouped = bool(heads)
     masked = frozenset().union(*(m.leaf.labels for m in masks)) if masks else frozenset()
     lengths, masks = split_lengths(masks, softmax, batch)
@@ -62,8 +78,12 @@ def site(attention: Attention) -> MLASite:
         root=attention.root,
         out=tuple(d.label for entry in index for d in entry),  # type: ignore[misc]
         batch=batch,
-        queries=tuple(x for x in softmax.rows if x in shared and x not in heads and (x in masked or grouped)),
-        heads=tuple(x for x in softmax.rows if x in shared and (x in heads or not (x in masked or grouped))),
+        queries=tuple(
+            x for x in softmax.rows if x in shared and x not in heads and (x in masked or grouped)
+        ),
+        heads=tuple(
+            x for x in softmax.rows if x in shared and (x in heads or not (x in masked or grouped))
+        ),
         time=softmax.time,
         latent=latent,
         rope=rope,
@@ -104,7 +124,9 @@ def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]
 def cache_labels(terms: tuple[Term, ...], softmax: Softmax) -> frozenset[Label]:
     """The labels of all that is contracted and depends on the cached token."""
     time = frozenset(softmax.time)
-    leaves = [f for t in terms if t.summed for f in t.factors if isinstance(f, Leaf) and f.labels & time]
+    leaves = [
+        f for t in terms if t.summed for f in t.factors if isinstance(f, Leaf) and f.labels & time
+    ]
     return frozenset().union(*(leaf.labels for leaf in leaves))
 
 
@@ -112,11 +134,17 @@ def cached(term: Term, softmax: Softmax, node: Node) -> Leaf:
     """The one factor of a term that depends on the cached token."""
     leaves = [f for f in term.factors if isinstance(f, Leaf) and f.labels & frozenset(softmax.time)]
     if len(leaves) != 1:
-        raise Refusal(Reason.SCORE, f"{len(leaves)} factors of a product depend on the cached token, not one: {leaves}", node)
+        raise Refusal(
+            Reason.SCORE,
+            f"{len(leaves)} factors of a product depend on the cached token, not one: {leaves}",
+            node,
+        )
     return leaves[0]
 
 
-def split_score(softmax: Softmax, attention: Attention) -> tuple[list[tuple[Term, Leaf]], tuple[Mask, ...]]:
+def split_score(
+    softmax: Softmax, attention: Attention
+) -> tuple[list[tuple[Term, Leaf]], tuple[Mask, ...]]:
     """The contractions with the cache, and what is added to them or put in their place."""
     contractions, masks = [], []
     for term in softmax.score:
@@ -131,35 +159,59 @@ def split_score(softmax: Softmax, attention: Attention) -> tuple[list[tuple[Term
             masks.append(Mask(factor, scale=term.scale))
     if not contractions:
         leaf = softmax.score[0].factors[0]
-        raise Refusal(Reason.SCORE, f"the scores are {leaf}, no contraction of queries with a cache", attention.softmax)
+        raise Refusal(
+            Reason.SCORE,
+            f"the scores are {leaf}, no contraction of queries with a cache",
+            attention.softmax,
+        )
     return contractions, tuple(masks)
 
 
 def split_keys(
-    scores: list[tuple[Term, Leaf]], kv_c: Leaf, softmax: Softmax, batch: tuple[Label, ...], attention: Attention
+    scores: list[tuple[Term, Leaf]],
+    kv_c: Leaf,
+    softmax: Softmax,
+    batch: tuple[Label, ...],
+    attention: Attention,
 ) -> tuple[ScoreTerm, ScoreTerm | None, Label]:
     """The latent and the rope contraction, and the feature label of the values."""
     around = frozenset(batch + softmax.time)
     value = feature_of(kv_c, around, attention.root)
-    pieces = [p for term, key in scores for p in cut_at_value(score_term(term, key, around, attention), kv_c, value)]
+    pieces = [
+        p
+        for term, key in scores
+        for p in cut_at_value(score_term(term, key, around, attention), kv_c, value)
+    ]
     name = {value: "feature"}
     latents = [p for p in pieces if p.key.key({p.feature: "feature"}) == kv_c.key(name)]
     ropes = [p for p in pieces if p not in latents]
     if len(latents) != 1:
         keys = ", ".join(str(p.key) for p in pieces)
-        raise Refusal(Reason.VALUE, f"the values are {kv_c}, which is {len(latents)} times among the keys {keys}", attention.root)
+        raise Refusal(
+            Reason.VALUE,
+            f"the values are {kv_c}, which is {len(latents)} times among the keys {keys}",
+            attention.root,
+        )
     if len(ropes) > 1:
-        raise Refusal(Reason.SCORE, f"{len(ropes)} contractions beside the latent one, rope is at most one", attention.softmax)
+        raise Refusal(
+            Reason.SCORE,
+            f"{len(ropes)} contractions beside the latent one, rope is at most one",
+            attention.softmax,
+        )
     for leaf in (kv_c, *(p.key for p in ropes)):
         if leaf.labels - {value} - {p.feature for p in ropes} != around:
-            raise Refusal(Reason.LAYOUT, f"{leaf} does not run over every sequence and token", leaf.node)
+            raise Refusal(
+                Reason.LAYOUT, f"{leaf} does not run over every sequence and token", leaf.node
+            )
     return latents[0], ropes[0] if ropes else None, value
 
 
 def feature_of(leaf: Leaf, around: frozenset[Label], node: Node) -> Label:
     features = leaf.labels - around
     if len(features) != 1:
-        raise Refusal(Reason.LAYOUT, f"{leaf} has {len(features)} feature dimensions, not one", node)
+        raise Refusal(
+            Reason.LAYOUT, f"{leaf} has {len(features)} feature dimensions, not one", node
+        )
     return next(iter(features))
 
 
@@ -167,23 +219,36 @@ def score_term(term: Term, key: Leaf, around: frozenset[Label], attention: Atten
     feature = feature_of(key, around, attention.softmax)
     query = tuple(f for f in term.factors if f is not key)
     if feature not in term.summed or not all(isinstance(f, Leaf) for f in query):
-        raise Refusal(Reason.SCORE, f"the key {key} is not contracted over {feature}", attention.softmax)
+        raise Refusal(
+            Reason.SCORE, f"the key {key} is not contracted over {feature}", attention.softmax
+        )
     if not term.summed <= key.labels.union(*(f.labels for f in query)):
-        raise Refusal(Reason.SCORE, "the scores are a sum over a dimension that nothing depends on", attention.softmax)
+        raise Refusal(
+            Reason.SCORE,
+            "the scores are a sum over a dimension that nothing depends on",
+            attention.softmax,
+        )
     return ScoreTerm(query, key, feature, term.scale, term.scalars)  # type: ignore[arg-type]
 
 
 def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
     """One contraction over a fused cache row as two or three, so that one of them is over the values' columns."""
     at, here = digit_of(kv_c, value), digit_of(term.key, term.feature)
-    if term.key.node is not kv_c.node or at is None or here is None or not equal(at.base, here.base):
+    if (
+        term.key.node is not kv_c.node
+        or at is None
+        or here is None
+        or not equal(at.base, here.base)
+    ):
         return [term]
     begin, end = at.offset - here.offset, at.offset - here.offset + value.size
     bounds = [0, begin, end, term.feature.size]
     sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     if not all(true(n >= 0) for n in sizes) or equal(sizes[1], term.feature.size):
         return [term]
-    return [narrowed(term, start, n) for start, n in zip(bounds, sizes, strict=False) if not equal(n, 0)]
+    return [
+        narrowed(term, start, n) for start, n in zip(bounds, sizes, strict=False) if not equal(n, 0)
+    ]
 
 
 def digit_of(leaf: Leaf, label: Label) -> Digit | None:
@@ -209,65 +274,6 @@ def weight_rows(leaves: tuple[Leaf, ...], shared: frozenset[Label]) -> frozenset
     return frozenset().union(*partial) if partial else shared
 
 
-def split_lengths(
-    masks: tuple[Mask, ...], softmax: Softmax, batch: tuple[Label, ...]
-) -> tuple[Lengths | None, tuple[Mask, ...]]:
-    """Take out the mask that is `token < length` of the sequence.  With a finite fill it stays a mask as well,
-    because a sequence of length zero then attends to everything evenly."""
-    for mask in masks:
-        lengths = as_lengths(mask, softmax, batch)
-        if lengths is not None and (lengths.fill == float("-inf") or len(masks) == 1):
-            rest = tuple(m for m in masks if m is not mask or isfinite(lengths.fill))
-            return lengths, rest
-    return None, masks
-
-
-def as_lengths(mask: Mask, softmax: Softmax, batch: tuple[Label, ...]) -> Lengths | None:
-    if mask.fill is None or mask.fill > ABSORBING or len(softmax.time) != 1:
-        return None
-    node, index = mask.leaf.node, mask.leaf.index
-    compare = {aten.lt: (0, 1), aten.le: (1, 1), aten.gt: (0, -1), aten.ge: (1, -1)}.get(getattr(node.target, "overloadpacket", None))
-    if compare is None:
-        return None
-    closed, direction = compare
-    if not mask.keep:
-        closed, direction = 1 - closed, -direction
-    sides = [affine(side, broadcast(side, index) if isinstance(side, Node) else (), softmax.time[0]) for side in node.args[:2]]
-    if any(s is None for s in sides):
-        return None
-    (steps_a, terms_a, const_a), (steps_b, terms_b, const_b) = sides  # type: ignore[misc]
-    if direction < 0:
-        (steps_a, terms_a, const_a), (steps_b, terms_b, const_b) = (steps_b, terms_b, const_b), (steps_a, terms_a, const_a)
-    if (steps_a, steps_b) != (1, 0) or terms_a or not all(t.labels <= frozenset(batch) for t in terms_b):
-        return None
-    return Lengths(terms_b, const_b - const_a + closed, mask.fill)
-
-
-def affine(value: object, index: Index, time: Label) -> tuple[int, tuple[Leaf, ...], int] | None:
-    """value[index] = steps · time + Σ terms + constant, for sums of iota, integers and integer tensors."""
-    if not isinstance(value, Node):
-        return (0, (), value) if isinstance(value, int) else None
-    if not is_tensor(value):
-        return 0, (), value.meta["val"]
-    leaf = settle(value, index)
-    node = leaf.node
-    if dtype(node).is_floating_point or dtype(node).is_complex:
-        return None
-    if node.op == "call_function" and node.target is aten.add.Tensor and not node.kwargs:
-        parts = [affine(x, broadcast(x, leaf.index) if is_tensor(x) else (), time) for x in node.args]  # type: ignore[arg-type]
-        if any(p is None for p in parts):
-            return None
-        (a, s, m), (b, t, n) = parts  # type: ignore[misc]
-        return a + b, s + t, m + n
-    if node.op == "call_function" and node.target is prims.iota.default and node.kwargs.get("step") == 1:
-        start, entry = node.kwargs["start"], leaf.index[0]
-        if not entry:
-            return 0, (), start  # type: ignore[return-value]
-        if len(entry) == 1 and entry[0].label is time:
-            return 1, (), start + entry[0].offset  # type: ignore[operator]
-    return None if time in leaf.labels else (0, (leaf,), 0)
-
-
 def check(found: MLASite, expanded: set[Node], attention: Attention) -> None:
     """What must hold beyond the shape of the formula."""
     for term in (found.latent, found.rope):
@@ -278,13 +284,11 @@ def check(found: MLASite, expanded: set[Node], attention: Attention) -> None:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
     if equal(found.dims["Skv"], 1):
         raise Refusal(Reason.PREFILL, "there is only one cached token", attention.softmax)
-    check_masks(found.masks, attention)
+    check_masks(found.masks, attention.softmax)
     private = expanded - {attention.root} | ({attention.scores} if attention.scores else set())
     for node in sorted(private, key=str):
         if thief := escape(node, attention.root):
             raise Refusal(Reason.ESCAPE, f"{node.name} is also used by {thief.name}", thief)
-    if found.expanded and not absorption_pays(found):
-        raise Refusal(Reason.PREFILL, f"{found.dims['Sq']} queries over {found.dims['Skv']} cached tokens", attention.softmax)
 
 
 def check_labels(found: MLASite, value: Term, attention: Attention) -> None:
@@ -297,9 +301,17 @@ def check_labels(found: MLASite, value: Term, attention: Attention) -> None:
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
     values = frozenset({found.value_feature}).union(*(w.labels for w in found.weights))
     if not frozenset(found.out) <= frozenset(found.batch + found.queries + found.heads) | values:
-        raise Refusal(Reason.LAYOUT, "the output has a dimension that neither queries nor values have", attention.root)
+        raise Refusal(
+            Reason.LAYOUT,
+            "the output has a dimension that neither queries nor values have",
+            attention.root,
+        )
     if not value.summed <= values | frozenset(found.time):
-        raise Refusal(Reason.LAYOUT, "the output is a sum over a dimension that nothing depends on", attention.root)
+        raise Refusal(
+            Reason.LAYOUT,
+            "the output is a sum over a dimension that nothing depends on",
+            attention.root,
+        )
 
 
 def every_label(leaf: Leaf) -> list[Label]:
@@ -311,15 +323,6 @@ def every_label(leaf: Leaf) -> list[Label]:
         elif d.label is not None:
             found += every_label(d.label)
     return found
-
-
-def check_masks(masks: tuple[Mask, ...], attention: Attention) -> None:
-    """Masks compose if at most one is there, or if each boolean one hides beyond the reach of any score."""
-    fills = {m.fill for m in masks if m.fill is not None}
-    if len(masks) > 1 and (len(fills) > 1 or any(f > ABSORBING for f in fills)):
-        raise Refusal(Reason.MASK, f"{len(masks)} masks with the fills {sorted(fills)}", attention.softmax)
-    if any(f == float("inf") or f != f for f in fills):
-        raise Refusal(Reason.MASK, f"a mask fills with {sorted(fills)}", attention.softmax)
 
 
 def escape(node: Node, root: Node) -> Node | None:
@@ -334,5 +337,3 @@ def escape(node: Node, root: Node) -> Node | None:
             seen.add(user)
             todo.append(user)
     return None
-
-

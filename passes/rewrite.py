@@ -1,4 +1,4 @@
-"""From an MLASite to nodes of the graph: absorb the projections, call the op, put the output where it was."""
+"""From an MLASite to nodes: absorb the projections, call the op, put the output where it was."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mla_compile.passes.graph import dtype, equal, is_tensor, shape
 from mla_compile.passes.indexing import Label, Leaf
-from mla_compile.passes.site import MLASite, ScoreTerm, span
+from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
 Group = tuple[Label, ...]
 Labelled = tuple[Tensor, list[Label]]  # one label per dimension
 
 
-def rewrite(graph: Graph, site: MLASite) -> None:
-    """Replace the attention by the op.  What becomes dead is left for the caller to remove."""
+def rewrite(graph: Graph, site: MLASite) -> MLASite | Miss:
+    """Replace the attention by the op, or say why not.  The caller removes what becomes dead."""
     inputs = list(dict.fromkeys([*tensors_of(site), *symbols_of(graph, site)]))
 
     def traced(*values: Tensor) -> Tensor:
@@ -29,10 +29,13 @@ def rewrite(graph: Graph, site: MLASite) -> None:
 
     examples = [n.meta["val"] for n in inputs]
     mode = next(n for n in inputs if is_tensor(n)).meta["val"].fake_mode
-    with mode, torch.no_grad():
-        body = make_fx(traced, select_decomp_table())(*examples).graph
-    replacement = inline(graph, body, inputs, site.root)
-    site.root.replace_all_uses_with(replacement)
+    try:
+        with mode, torch.no_grad():
+            body = make_fx(traced, select_decomp_table())(*examples).graph
+    except Refusal as refusal:
+        return refusal.miss(site.root)
+    site.root.replace_all_uses_with(inline(graph, body, inputs, site.root))
+    return site
 
 
 def inline(graph: Graph, body: Graph, inputs: list[Node], before: Node) -> Node:
@@ -64,19 +67,27 @@ def leaves_of(site: MLASite) -> Iterable[Leaf]:
 def tensors_of(site: MLASite) -> Iterable[Node]:
     def nodes(leaf: Leaf) -> Iterable[Node]:
         yield leaf.node
-        for gathered in (d.label for entry in leaf.index for d in entry if isinstance(d.label, Leaf)):
+        for gathered in (
+            d.label for entry in leaf.index for d in entry if isinstance(d.label, Leaf)
+        ):
             yield from nodes(gathered)
 
     for leaf in leaves_of(site):
         yield from nodes(leaf)
     for term in (site.latent, site.rope):
-        yield from term.scalars if term else ()
-    yield from site.value_scalars
+        yield from (s.node for s in term.scalars) if term else ()
+    yield from (s.node for s in site.value_scalars)
 
 
 def symbols_of(graph: Graph, site: MLASite) -> Iterable[Node]:
     """The nodes that hold the symbols which the sizes of the site are made of."""
-    sizes = [x for leaf in leaves_of(site) for entry in leaf.index for d in entry for x in (d.offset, d.base)]
+    sizes = [
+        x
+        for leaf in leaves_of(site)
+        for entry in leaf.index
+        for d in entry
+        for x in (d.offset, d.base)
+    ]
     sizes += [x.size for x in (*site.out, *site.batch, *site.queries, *site.heads, *site.time)]
     sizes += [*shape(site.root), site.lengths.constant if site.lengths else 0]
     free = {s for x in sizes if isinstance(x, torch.SymInt) for s in x.node.expr.free_symbols}
@@ -99,13 +110,17 @@ class Emitter:
         rows = (*site.batch, *site.queries), site.heads
         kv_c, k_pe = self.cache(site.latent, site), self.cache(site.rope, site)
         q_nope = self.query(site.latent, rows, site.latent.scale).to(kv_c.dtype)
-        q_pe = self.query(site.rope, rows, site.latent.scale).to(kv_c.dtype) if site.rope else q_nope[..., :0]
+        q_pe = (
+            self.query(site.rope, rows, site.latent.scale).to(kv_c.dtype)
+            if site.rope
+            else q_nope[..., :0]
+        )
         attn_mask, mask_fill = self.mask(site)
         out, _ = torch.ops.mla_compile.mla_decode(
             unit_stride(q_nope),
             unit_stride(q_pe),
-            unit_stride(kv_c),
-            unit_stride(k_pe),
+            kv_c,
+            k_pe,
             site.latent.scale,
             seq_lens=self.seq_lens(site),
             max_seqlen_q=span(site.queries),
@@ -120,13 +135,24 @@ class Emitter:
         q = self.product(term.query, (*rows, (term.feature,)))
         if term.scale != sm_scale:
             q = q * (term.scale / sm_scale)
-        return scaled(q, [self.tensors[s] for s in term.scalars])
+        return self.scaled(q, term.scalars)
 
     def cache(self, term: ScoreTerm | None, site: MLASite) -> Tensor:
         """[B, Skv, width]: the cache as pages of one sequence each."""
         if term is None:
             return self.cache(site.latent, site)[..., :0]
-        return self.view(term.key, (site.batch, site.time, (term.feature,)))
+        view = self.view(term.key, (site.batch, site.time, (term.feature,)))
+        source = self.tensors[term.key.node]
+        if not equal(view.stride(-1), 1):
+            raise Refusal(
+                Reason.LAYOUT, f"the features of {term.key} are not consecutive", term.key.node
+            )
+        if (
+            not gathers(term.key)
+            and view.untyped_storage()._cdata != source.untyped_storage()._cdata
+        ):
+            raise Refusal(Reason.LAYOUT, f"{term.key} cannot be read in place", term.key.node)
+        return view
 
     def mask(self, site: MLASite) -> tuple[Tensor | None, float]:
         """One mask, broadcastable to [B, N, Sq, Skv], and what a False in it stands for."""
@@ -151,9 +177,14 @@ class Emitter:
         if site.lengths is None:
             return None
         Skv = span(site.time)
-        lengths = sum((self.view(t, (site.batch,)) for t in site.lengths.terms), start=0) + site.lengths.constant
+        lengths = (
+            sum((self.view(t, (site.batch,)) for t in site.lengths.terms), start=0)
+            + site.lengths.constant
+        )
         if not isinstance(lengths, Tensor):
-            lengths = torch.full((1,), lengths, dtype=torch.int64, device=self.tensors[site.latent.key.node].device)
+            lengths = torch.full(
+                (1,), lengths, dtype=torch.int64, device=self.tensors[site.latent.key.node].device
+            )
         lengths = lengths.expand(span(site.batch))
         if site.lengths.fill == float("-inf"):
             return lengths.clamp(min=0, max=Skv)
@@ -165,8 +196,14 @@ class Emitter:
         latent = out.reshape([x.size for x in labels])
         result = einsum([(latent, list(labels)), *map(self.spread, site.weights)], site.out)
         result = result * site.value_scale if site.value_scale != 1 else result
-        result = scaled(result, [self.tensors[s] for s in site.value_scalars])
+        result = self.scaled(result, site.value_scalars)
         return result.reshape(shape(site.root)).to(dtype(site.root)).contiguous()
+
+    def scaled(self, tensor: Tensor, scalars: tuple[Scalar, ...]) -> Tensor:
+        for scalar in scalars:
+            factor = self.tensors[scalar.node]
+            tensor = tensor / factor if scalar.inverse else tensor * factor
+        return tensor
 
     def product(self, leaves: tuple[Leaf, ...], groups: tuple[Group, ...]) -> Tensor:
         """The product of leaves, summed over the labels that are in no group, one dimension per group."""
@@ -204,8 +241,12 @@ class Emitter:
         return tensor, labels
 
 
+def gathers(leaf: Leaf) -> bool:
+    return any(isinstance(d.label, Leaf) for entry in leaf.index for d in entry)
+
+
 def broadcast_to(tensor: Tensor, labels: list[Label], wanted: Sequence[Label]) -> Tensor:
-    """Permute the dimensions of `labels` to the order of `wanted` and expand over those that are missing."""
+    """Permute dimensions from `labels` to the order of `wanted`; expand over those that are missing."""
     tensor = tensor.permute([labels.index(x) for x in wanted if x in labels])
     for dim, x in enumerate(wanted):
         if x not in labels:
@@ -214,7 +255,7 @@ def broadcast_to(tensor: Tensor, labels: list[Label], wanted: Sequence[Label]) -
 
 
 def einsum(factors: list[Labelled], wanted: Sequence[Label]) -> Tensor:
-    """The product of labelled tensors in their widest type, with the dimensions `wanted`, in that order."""
+    """The product of labelled tensors in their widest type, with the dimensions `wanted`."""
     wide = functools.reduce(torch.promote_types, [t.dtype for t, _ in factors])
     numbers: dict[Label, int] = {}
     operands: list[object] = []
@@ -222,12 +263,6 @@ def einsum(factors: list[Labelled], wanted: Sequence[Label]) -> Tensor:
         operands += [tensor.to(wide), [numbers.setdefault(x, len(numbers)) for x in labels]]
     present = [x for x in wanted if x in numbers]
     return broadcast_to(torch.einsum(*operands, [numbers[x] for x in present]), present, wanted)  # type: ignore[arg-type]
-
-
-def scaled(tensor: Tensor, scalars: Iterable[Tensor]) -> Tensor:
-    for scalar in scalars:
-        tensor = tensor * scalar
-    return tensor
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the recogniser says of one attention: an `MLASite`, to be rewritten, or a `Miss`, with its reason."""
+"""What the recogniser says of an attention: an `MLASite`, to be rewritten, or a `Miss`, and why."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ class Reason(enum.Enum):
     SCALE = "use one finite positive softmax scale for the whole call"
     MASK = "use one boolean mask, one additive mask, or both with a fill of -inf or finfo.min"
     ESCAPE = "do not return or reuse scores, probabilities or expanded keys and values (output_attentions=False)"
-    SOFTMAX = "normalise over all cached tokens, with nothing added to or cut from the probabilities"
+    SOFTMAX = (
+        "normalise over all cached tokens, with nothing added to or cut from the probabilities"
+    )
     CAUSAL = "pass the causal mask explicitly, or decode one token at a time"
+    TRAINING = "decode under torch.no_grad() or torch.inference_mode(): the op has no backward"
     DROPOUT = "run in eval mode"
     PREFILL = "nothing to do: with this many queries expanding the cache is the cheaper way"
     LAYOUT = "keep batch, head and feature dimensions of queries, cache and weights separate"
@@ -31,17 +34,13 @@ class Reason(enum.Enum):
     INTERNAL = "report it, with the trace in the log; the graph was left as it was"
 
 
-class Refusal(Exception):
-    """Raised inside the recogniser; becomes a Miss."""
-
-    def __init__(self, reason: Reason, detail: str, node: Node | None = None):
-        super().__init__(detail)
-        self.reason, self.detail, self.node = reason, detail, node
-
-
 def source_line(node: Node) -> str:
     """file:line of the innermost frame of the user's code that made `node`, or '?'."""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File ")]
+    frames = [
+        line.strip()
+        for line in (node.meta.get("stack_trace") or "").splitlines()
+        if line.lstrip().startswith("File ")
+    ]
     if not frames:
         return "?"
     file, line = frames[-1].split(", ")[:2]
@@ -62,10 +61,25 @@ class Miss:
         return self.reason.value
 
 
+class Refusal(Exception):
+    """Raised inside the recogniser; becomes a Miss."""
+
+    def __init__(self, reason: Reason, detail: str, node: Node | None = None):
+        super().__init__(detail)
+        self.reason, self.detail, self.node = reason, detail, node
+
+    def miss(self, attention: Node) -> Miss:
+        node = self.node or attention
+        return Miss(self.reason, self.detail, node, source_line(attention))
+
+
 @dataclass(frozen=True)
 class Mask:
-    """One mask on the scores.  With `fill`: a boolean tensor, scores become `fill` where it is not `keep`.
-    Without: `scale` times the tensor is added to the scores."""
+    """One mask on the scores.
+
+    With a `fill` a boolean tensor: scores become `fill` where it is not `keep`.
+    Without one `scale` times a tensor that is added to the scores.
+    """
 
     leaf: Leaf
     keep: bool = True
@@ -83,6 +97,14 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Scalar:
+    """A 0-d tensor that multiplies a term, or divides it."""
+
+    node: Node
+    inverse: bool
+
+
+@dataclass(frozen=True)
 class ScoreTerm:
     """scale · Π scalars · Σ_feature (Π query) · key: one of the two contractions under the softmax."""
 
@@ -90,7 +112,7 @@ class ScoreTerm:
     key: Leaf
     feature: Label
     scale: float
-    scalars: tuple[Node, ...]
+    scalars: tuple[Scalar, ...]
 
 
 def span(labels: Iterable[Label]) -> Size:
@@ -116,7 +138,7 @@ class MLASite:
     value_feature: Label
     weights: tuple[Leaf, ...]
     value_scale: float
-    value_scalars: tuple[Node, ...]
+    value_scalars: tuple[Scalar, ...]
     masks: tuple[Mask, ...]
     lengths: Lengths | None
     where: str

@@ -1,4 +1,4 @@
-"""Where the attentions are: every softmax, however it is written, and the contraction that consumes it."""
+"""Where the attentions are: every softmax, however it is written, and what consumes it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,25 @@ from mla_compile.passes.graph import (
 )
 from mla_compile.passes.site import Reason, Refusal
 
+# What probabilities stay probabilities through, up to a factor.
+CARRIERS = RENAMES | CASTS | {aten.mul.Tensor, aten.slice.Tensor}
 SOFTMAX = frozenset({aten._softmax.default, aten.softmax.int, aten._safe_softmax.default})
 
 
 @dataclass(frozen=True, eq=False)
-class Attention:
-    """A softmax of `scores` over `axis` and the contraction `root` that consumes it along `path`.
+class Normalised:
+    """A softmax of `scores` over `axis`.  A fused attention call is one without `scores`."""
 
-    A fused attention call is its own softmax, has no `scores`, and its `root` is its first result.
+    node: Node
+    scores: Node | None
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """A softmax, the contraction `root` that consumes it, and the `path` from one to the other.
+
+    The root of a fused attention call is its first result.
     """
 
     softmax: Node
@@ -40,26 +51,37 @@ class Attention:
     path: frozenset[Node]
 
 
-def find_attentions(graph: Graph) -> Iterator[Attention | tuple[Node, Refusal]]:
-    """Every attention of the graph, in order; with a Refusal where the probabilities go astray."""
+def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
+    """Every softmax of the graph, in order, however it is written."""
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in FUSED_ATTENTION:
-            results = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
-            for root in results:
-                yield Attention(node, None, -1, root, frozenset({node, root}))
+            yield Normalised(node, None, -1)
         elif found := as_softmax(node):
             scores, axis = found
-            probabilities = without_empty_rows(node, scores)
-            try:
-                yield Attention(probabilities, scores, axis, *consumer(probabilities))
-            except Refusal as refusal:
-                yield node, refusal
+            yield Normalised(without_empty_rows(node, scores), scores, axis)
+
+
+def attention_of(softmax: Normalised) -> Attention | None:
+    """What consumes the softmax; None if it weighs nothing, as a router's does.
+
+    Refuses if anything else sees the probabilities.
+    """
+    if softmax.scores is None:
+        roots = [u for u in softmax.node.users if u.target is operator.getitem and u.args[1] == 0]
+        return Attention(softmax.node, None, -1, roots[0], frozenset({softmax.node, *roots}))
+    if not weighs(softmax.node):
+        return None
+    root, path = consumer(softmax.node)
+    return Attention(softmax.node, softmax.scores, softmax.axis, root, path)
 
 
 def as_softmax(node: Node) -> tuple[Node, int] | None:
-    """(scores, axis) if node is softmax(scores, axis): the op, or exp(x - m) / sum(exp(x - m)) for any m constant along it."""
+    """(scores, axis) if node is softmax(scores, axis).
+
+    Either the op, or exp(x - m) / sum(exp(x - m)) for any m that is constant along the axis.
+    """
     if node.target in SOFTMAX:
         return node.args[0], argument(node, "dim") % len(shape(node))  # type: ignore[return-value]
     if node.target is not aten.div.Tensor or not is_tensor(node.args[1]):
@@ -88,7 +110,7 @@ def strip_casts(node: Node) -> Node:
 
 
 def without_empty_rows(probabilities: Node, scores: Node) -> Node:
-    """The node that is zero where a row sees no key, if the graph makes one of the probabilities, else they themselves."""
+    """The probabilities with rows that see no key set to zero, if the graph does that."""
     for user in probabilities.users:
         if user.target is aten.where.self and user.args[2] is probabilities:
             if constant(user.args[1]) == 0 and sees_nothing(user.args[0], scores):  # type: ignore[arg-type]
@@ -103,15 +125,35 @@ def sees_nothing(condition: Node, scores: Node) -> bool:
     while True:
         if condition.target is aten.logical_not.default:
             negated = not negated
-        elif condition.target is aten.any.dim and negated and not every:
-            every = True
-        elif condition.target is aten.all.dim and not negated and not every:
+        elif (condition.target is aten.any.dim and negated and not every) or (
+            condition.target is aten.all.dim and not negated and not every
+        ):
             every = True
         else:
             break
         condition = condition.args[0]  # type: ignore[assignment]
-    hidden = condition.target is aten.eq.Scalar and condition.args[1] == float("-inf") and not negated
+    hidden = (
+        condition.target is aten.eq.Scalar and condition.args[1] == float("-inf") and not negated
+    )
     return hidden and every and strip(condition.args[0]) is strip(scores)  # type: ignore[arg-type]
+
+
+def weighs(probabilities: Node) -> bool:
+    """The probabilities, or something made of them element by element, are summed up in a contraction."""
+    todo, seen = [probabilities], {probabilities}
+    while todo:
+        node = todo.pop()
+        for user in set(node.users) - seen:
+            if user.target in CONTRACTIONS or user.target is aten.sum.dim_IntList:
+                return True
+            if user.target in CARRIERS or (is_tensor(user) and same_shape(user, node)):
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    return len(shape(a)) == len(shape(b)) and all(map(equal, shape(a), shape(b)))
 
 
 def consumer(probabilities: Node) -> tuple[Node, frozenset[Node]]:
@@ -119,18 +161,26 @@ def consumer(probabilities: Node) -> tuple[Node, frozenset[Node]]:
     node, path = probabilities, {probabilities}
     while True:
         if len(node.users) != 1:
-            names = ", ".join(u.name for u in node.users) or "nothing"
-            raise Refusal(Reason.ESCAPE, f"the attention probabilities are used by {names}", node)
+            users = ", ".join(u.name for u in node.users)
+            raise Refusal(Reason.ESCAPE, f"the probabilities are used by {users}", node)
         user = next(iter(node.users))
         path.add(user)
-        if user.target in CONTRACTIONS:
-            if node not in user.args[-2:]:
-                raise Refusal(Reason.ESCAPE, f"the probabilities are added by {user.name}", user)
+        if user.target in CONTRACTIONS and node in user.args[-2:]:
             return user, frozenset(path)
-        if user.target is aten.sum.dim_IntList and node.target is aten.mul.Tensor and len(user.args[1]) == 1:  # type: ignore[arg-type]
+        summed = user.args[1] if user.target is aten.sum.dim_IntList else ()
+        if node.target is aten.mul.Tensor and len(summed) == 1:  # type: ignore[arg-type]
             return user, frozenset(path)
-        if user.target in RENAMES or user.target in CASTS or user.target in (aten.mul.Tensor, aten.slice.Tensor):
-            node = user
-            continue
-        reason = Reason.DROPOUT if "dropout" in str(user.target) or "rand" in str(user.target) else Reason.ESCAPE
-        raise Refusal(reason, f"the attention probabilities are used by {user.name} ({user.target})", user)
+        if is_random(user) or any(is_random(a) for a in user.all_input_nodes):
+            raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
+        if user.target not in CARRIERS:
+            detail = f"the probabilities are used by {user.name} ({user.target})"
+            raise Refusal(Reason.ESCAPE, detail, user)
+        node = user
+
+
+def is_random(node: Node) -> bool:
+    """A random tensor, or a comparison or cast of one: a dropout mask."""
+    through = RENAMES | CASTS | {aten.gt.Scalar, aten.lt.Scalar, aten.div.Tensor}
+    while node.op == "call_function" and node.target in through:
+        node = node.args[0]  # type: ignore[assignment]
+    return any(word in str(node.target) for word in ("rand", "bernoulli", "dropout"))

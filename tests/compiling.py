@@ -1,0 +1,69 @@
+"""Runs the pass on the graph Inductor would give it, and the result eagerly: no code generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.partitioners import default_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule
+
+from mla_compile.passes.inductor import MLAPass, Verdict
+from mla_compile.passes.site import Miss, MLASite
+
+OP = torch.ops.mla_compile.mla_decode.default
+NAIVE = {torch.ops.aten.exp.default, torch.ops.aten.amax.default, torch.ops.aten._softmax.default}
+
+
+@dataclass
+class Compiled:
+    """A function compiled with the pass in strict mode, and what the pass said and made of it."""
+
+    fn: Callable[..., Any]
+    dynamic: bool | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+    graphs: list[Graph] = field(default_factory=list)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.reset()
+        return torch.compile(self.fn, backend=self.backend, dynamic=self.dynamic)(*args, **kwargs)
+
+    def backend(self, gm: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def partition(gm: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, ...]:
+            self.run_pass(gm)
+            return default_partition(gm, inputs, **options)
+
+        def inference(gm: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            self.run_pass(gm)
+            return make_boxed_func(gm.forward)
+
+        return aot_module_simplified(
+            gm,
+            inputs,
+            fw_compiler=lambda gm, _: make_boxed_func(gm.forward),
+            inference_compiler=inference,
+            partition_fn=partition,
+            decompositions=select_decomp_table(),
+        )
+
+    def run_pass(self, gm: GraphModule) -> None:
+        MLAPass(strict=True, record=self.verdicts.append)(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        self.graphs.append(gm.graph)
+
+    @property
+    def sites(self) -> list[MLASite]:
+        return [v for v in self.verdicts if isinstance(v, MLASite)]
+
+    @property
+    def misses(self) -> list[Miss]:
+        return [v for v in self.verdicts if isinstance(v, Miss)]
+
+    def count(self, *targets: Any) -> int:
+        return sum(n.target in targets for graph in self.graphs for n in graph.nodes)

@@ -1,0 +1,229 @@
+"""Attention that looks like MLA and must be left alone, each for its own reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mla_compile.passes.site import Reason
+from tests.spellings import SCALE, Inputs, absorbed_scores, expand
+
+
+def attend(p: Tensor, x: Inputs, values: Tensor | None = None) -> Tensor:
+    return torch.einsum("bsht,btc->bshc", p, x.kv_c if values is None else values)
+
+
+def cache_of_expanded_heads(x: Inputs) -> Tensor:
+    B, Skv, _ = x.kv_c.shape
+    heads = x.fused.repeat(1, 1, x.N).view(B, Skv, x.N, -1).sin()
+    q = torch.cat([x.q_nope, x.q_pe], -1)
+    s = torch.einsum("bshd,bthd->bsht", q, heads[..., :24]) * SCALE
+    return torch.einsum("bsht,bthd->bshd", s.softmax(-1), heads[..., 24:])
+
+
+def grouped_query_cache(x: Inputs) -> Tensor:
+    B, Skv, _ = x.kv_c.shape
+    k, v = x.fused[..., :32].reshape(B, Skv, 2, 16).repeat_interleave(2, dim=2).chunk(2, -1)
+    s = torch.einsum("bshd,bthd->bsht", x.q_pe, k) * SCALE
+    return torch.einsum("bsht,bthd->bshd", s.softmax(-1), v)
+
+
+def grouped_query_cache_of_keys_that_are_values(x: Inputs) -> Tensor:
+    """A latent for each group of heads, side by side in memory: only a copy could be read."""
+    B, Skv, _ = x.kv_c.shape
+    k = x.fused[..., :16].reshape(B, Skv, 2, 8).repeat_interleave(2, dim=2)
+    s = torch.einsum("bshd,bthd->bsht", x.q_pe, k) * SCALE
+    return torch.einsum("bsht,bthd->bshd", s.softmax(-1), k)
+
+
+def cache_of_transposed_features(x: Inputs) -> Tensor:
+    kv_c = x.kv_c.mT.contiguous().mT.sin()
+    return attend(absorbed_scores(replace(x, kv_c=kv_c)).softmax(-1), x, kv_c)
+
+
+def values_of_another_cache(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(-1), x, x.fused[..., :32])
+
+
+def values_of_another_function(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(-1), x, x.kv_c.sin())
+
+
+def values_of_other_columns(x: Inputs) -> Tensor:
+    s = torch.einsum("bshr,btr->bsht", x.q_nope, x.kv_c[..., :16]) * SCALE
+    return attend(s.softmax(-1), x, x.kv_c[..., 16:])
+
+
+def values_overlap_the_keys(x: Inputs) -> Tensor:
+    s = torch.einsum("bshr,btr->bsht", x.q_nope, x.kv_c[..., :16]) * SCALE
+    return attend(s.softmax(-1), x, x.kv_c[..., 8:24])
+
+
+def values_in_reverse_order(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(-1), x, x.kv_c.flip(1))
+
+
+def values_one_token_late(x: Inputs) -> Tensor:
+    early = replace(x, kv_c=x.kv_c[:, :-1], k_pe=x.k_pe[:, :-1])
+    return attend(absorbed_scores(early).softmax(-1), x, x.kv_c[:, 1:])
+
+
+def values_of_another_sequence(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(-1), x, x.kv_c[:1].expand_as(x.kv_c))
+
+
+def values_from_before_the_cache_write(x: Inputs) -> Tensor:
+    written = x.kv_c.index_copy(1, x.lens[:1], x.kv_c[:, :1] * 2)
+    return attend(absorbed_scores(replace(x, kv_c=written)).softmax(-1), x)
+
+
+def soft_cap(x: Inputs) -> Tensor:
+    return attend((absorbed_scores(x).tanh() * 5).softmax(-1), x)
+
+
+def score_squared(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).square().softmax(-1), x)
+
+
+def negative_scale(x: Inputs) -> Tensor:
+    return attend((absorbed_scores(x) * -1).softmax(-1), x)
+
+
+def three_score_terms(x: Inputs) -> Tensor:
+    s = absorbed_scores(x) + torch.einsum("bshr,btr->bsht", x.q_pe, x.k_pe.sin())
+    return attend(s.softmax(-1), x)
+
+
+def probabilities_returned(x: Inputs) -> tuple[Tensor, Tensor]:
+    p = absorbed_scores(x).softmax(-1)
+    return attend(p, x), p
+
+
+def scores_returned(x: Inputs) -> tuple[Tensor, Tensor]:
+    s = absorbed_scores(x)
+    return attend(s.softmax(-1), x), s
+
+
+def expanded_keys_returned(x: Inputs) -> tuple[Tensor, Tensor]:
+    q, k, v = expand(x)
+    return ((q @ k.mT) * SCALE).softmax(-1) @ v, k
+
+
+def expanded_values_used_again(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    return ((q @ k.mT) * SCALE).softmax(-1) @ v + v.mean(2, keepdim=True)
+
+
+def softmax_over_heads(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(2), x)
+
+
+def probabilities_without_a_sink(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    s = torch.cat([s, torch.zeros_like(s[..., :1])], -1)
+    return attend(s.softmax(-1)[..., :-1], x)
+
+
+def probabilities_renormalised(x: Inputs) -> Tensor:
+    p = absorbed_scores(x).softmax(-1)
+    return attend(p * x.visible[:, None, None], x)
+
+
+def probabilities_sharpened(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(-1).square(), x)
+
+
+def two_fills(x: Inputs) -> Tensor:
+    s = absorbed_scores(x).masked_fill(~x.visible[:, None, None], -5.0)
+    return attend(s.masked_fill(~x.keep.transpose(1, 2), float("-inf")).softmax(-1), x)
+
+
+def fill_of_infinity(x: Inputs) -> Tensor:
+    return attend(
+        absorbed_scores(x).masked_fill(~x.keep.transpose(1, 2), float("inf")).softmax(-1), x
+    )
+
+
+def dropout(x: Inputs) -> Tensor:
+    return attend(F.dropout(absorbed_scores(x).softmax(-1), 0.5, training=True), x)
+
+
+def prefill(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    return ((q @ k.mT) * SCALE).softmax(-1) @ v
+
+
+def positions_between_latent_and_keys(x: Inputs) -> Tensor:
+    """A rotation of the expanded keys by position: W_UK cannot move past it."""
+    q, k, v = expand(x)
+    angle = torch.arange(k.shape[2], dtype=k.dtype)[:, None]
+    k = k * angle.cos() + k.roll(1, -1) * angle.sin()
+    return ((q @ k.mT) * SCALE).softmax(-1) @ v
+
+
+def nonlinear_expansion(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    return ((q @ F.silu(k).mT) * SCALE).softmax(-1) @ v
+
+
+def biased_expansion(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    return ((q @ k.mT) * SCALE).softmax(-1) @ (v + x.kv_c[:, :1, None, :16].transpose(1, 2))
+
+
+def quantised_latent(x: Inputs) -> Tensor:
+    return attend(
+        absorbed_scores(x).softmax(-1), x, x.kv_c.mul(8).round().to(torch.int8).float() / 8
+    )
+
+
+def scale_of_every_query(x: Inputs) -> Tensor:
+    return attend((absorbed_scores(x) * x.q_pe.mean(-1, keepdim=True)).softmax(-1), x)
+
+
+def top_left_causal_sdpa(x: Inputs) -> Tensor:
+    q = torch.einsum("bshd,hdc->bhsc", x.q_nope, x.W_UK)
+    k = x.kv_c[:, None].expand(-1, x.N, -1, -1)
+    return F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=SCALE)
+
+
+NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
+    (cache_of_expanded_heads, Reason.NO_LATENT),
+    (grouped_query_cache, Reason.VALUE),
+    (grouped_query_cache_of_keys_that_are_values, Reason.LAYOUT),
+    (cache_of_transposed_features, Reason.LAYOUT),
+    (values_of_another_cache, Reason.VALUE),
+    (values_of_another_function, Reason.VALUE),
+    (values_of_other_columns, Reason.VALUE),
+    (values_overlap_the_keys, Reason.VALUE),
+    (values_in_reverse_order, Reason.VALUE),
+    (values_one_token_late, Reason.VALUE),
+    (values_of_another_sequence, Reason.VALUE),
+    (values_from_before_the_cache_write, Reason.VALUE),
+    (soft_cap, Reason.SCORE),
+    (score_squared, Reason.SCORE),
+    (negative_scale, Reason.SCALE),
+    (three_score_terms, Reason.SCORE),
+    (probabilities_returned, Reason.ESCAPE),
+    (scores_returned, Reason.ESCAPE),
+    (expanded_keys_returned, Reason.ESCAPE),
+    (expanded_values_used_again, Reason.ESCAPE),
+    (softmax_over_heads, Reason.SOFTMAX),
+    (probabilities_without_a_sink, Reason.SOFTMAX),
+    (probabilities_renormalised, Reason.SOFTMAX),
+    (probabilities_sharpened, Reason.ESCAPE),
+    (two_fills, Reason.MASK),
+    (fill_of_infinity, Reason.MASK),
+    (dropout, Reason.DROPOUT),
+    (prefill, Reason.PREFILL),
+    (positions_between_latent_and_keys, Reason.NO_LATENT),
+    (nonlinear_expansion, Reason.NO_LATENT),
+    (biased_expansion, Reason.NO_LATENT),
+    (quantised_latent, Reason.VALUE),
+    (scale_of_every_query, Reason.SCORE),
+    (top_left_causal_sdpa, Reason.CAUSAL),
+]

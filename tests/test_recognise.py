@@ -1,0 +1,87 @@
+"""Every spelling of MLA becomes one call of the op with the same result; nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mla_compile.passes.site import Reason
+from tests.compiling import NAIVE, OP, Compiled
+from tests.negatives import NEGATIVES
+from tests.spellings import POSITIVES, Inputs, inputs
+
+# Decode and two tokens at once, the three types, static and dynamic sizes: each value of each with
+# each other at least once would be 12 cases; these four have every value with static and dynamic.
+CASES = [
+    pytest.param(1, torch.float32, False, id="one-query-fp32-static"),
+    pytest.param(1, torch.bfloat16, True, id="one-query-bf16-dynamic"),
+    pytest.param(2, torch.bfloat16, False, id="two-queries-bf16-static"),
+    pytest.param(2, torch.float16, True, id="two-queries-fp16-dynamic"),
+]
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("Sq, dtype, dynamic", CASES)
+@pytest.mark.parametrize("spelling", POSITIVES, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_mla_becomes_the_op(
+    spelling: Callable[[Inputs], Tensor], Sq: int, dtype: torch.dtype, dynamic: bool
+) -> None:
+    exact = spelling(inputs(Sq=Sq).to(torch.float64))
+    x = inputs(Sq=Sq).to(dtype)
+    plain = spelling(x)
+    compiled = Compiled(spelling)
+    result = compiled(x.with_dynamic_sizes() if dynamic else x)
+    assert compiled.misses == []
+    assert compiled.count(OP) == 1
+    assert compiled.count(*NAIVE) == 0
+    assert result.shape == plain.shape
+    assert result.dtype == plain.dtype
+    assert error(result, exact) <= 2 * error(plain, exact)
+
+
+@pytest.mark.parametrize(
+    "spelling, reason", NEGATIVES, ids=lambda x: getattr(x, "__name__", getattr(x, "name", ""))
+)
+@torch.no_grad()
+def test_not_mla_is_left_alone(spelling: Callable[[Inputs], object], reason: Reason) -> None:
+    x = inputs(Sq=48 if spelling.__name__ == "prefill" else 1)
+    compiled = Compiled(spelling)
+    compiled(x)
+    assert [miss.reason for miss in compiled.misses] == [reason]
+    assert compiled.count(OP) == 0
+
+
+def test_a_training_graph_is_left_alone() -> None:
+    x = inputs()
+    x.kv_c.requires_grad_()
+    spelling = POSITIVES[0]
+    compiled = Compiled(spelling)
+    compiled(x).sum().backward()
+    assert {miss.reason for miss in compiled.misses} == {Reason.TRAINING}
+    assert compiled.count(OP) == 0
+
+
+@torch.no_grad()
+def test_a_router_is_no_attention() -> None:
+    def route(x: Inputs) -> Tensor:
+        weights, chosen = x.kv_c.softmax(-1).topk(4)
+        return weights * chosen
+
+    compiled = Compiled(route)
+    compiled(inputs())
+    assert compiled.verdicts == []
+
+
+@torch.no_grad()
+def test_a_miss_names_the_line_of_the_user() -> None:
+    compiled = Compiled(NEGATIVES[2][0])
+    compiled(inputs())
+    assert "negatives.py:" in compiled.misses[0].where
+    assert compiled.misses[0].remedy
