@@ -81,7 +81,8 @@ def _run_cpu(call: Call, out: Tensor, lse: Tensor, splits: int | None, ws: Tenso
 def _run_gpu(call: Call, out: Tensor, lse: Tensor, splits: int | None, ws: Tensor | None) -> None:
     from mla_compile.kernels.decode import launch
 
-    launch(call, out, lse, splits, ws)
+    with torch.cuda.device(out.device):  # Triton launches on the current one
+        launch(call, out, lse, splits, ws)
 
 
 def _register(key: str, run: Any) -> None:

@@ -37,15 +37,16 @@ def combine_kernel(
     m = tl.where(m == float("-inf"), 0.0, m)  # -inf - -inf is NaN
     weight = part_l * tl.exp2(part_m - m)  # [BLOCK_S]
     total = tl.sum(weight, 0)
+    safe = tl.where(total > 0, total, 1.0)
     part_out = tl.load(
         part_out_ptr + part[:, None] * LKV + cols[None, :],
         mask=(weight > 0)[:, None] & (cols < LKV)[None, :],
         other=0.0,
     )  # [BLOCK_S, BLOCK_L]
-    out = tl.sum(part_out * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    out = tl.sum(part_out * weight[:, None], 0) / safe
 
     out_row = row // N * stride_ot + row % N * stride_on
     tl.store(out_ptr + out_row + cols, out.to(out_ptr.dtype.element_ty), mask=cols < LKV)
     if tl.program_id(1) == 0:
-        lse = tl.where(total > 0, (m + tl.log2(total)) * LN2, float("-inf"))
+        lse = tl.where(total > 0, (m + tl.log2(safe)) * LN2, float("-inf"))
         tl.store(lse_ptr + row, lse)

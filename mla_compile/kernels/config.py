@@ -19,7 +19,7 @@ class Config:
     options: tuple[tuple[str, int], ...] = ()  # compiler options of the backend
 
 
-# AMD: 16×16 MFMA (with packed K loads before CDNA4) is what every MI300 MLA kernel in the field uses.
+# AMD: 16×16 MFMA, with packed K loads before CDNA4, as every MI300 MLA kernel in the field has it.
 _CDNA3 = (("matrix_instr_nonkdim", 16), ("kpack", 2))
 _CDNA4 = (("matrix_instr_nonkdim", 16),)
 
@@ -60,6 +60,12 @@ FULL: dict[str, tuple[Config, ...]] = {
 
 # Any other arch: 16 rows and one stage fit the 64 KB that every tensor-core GPU has.
 FALLBACK = (Config(block_m=16, block_n=16, num_warps=4, num_stages=1),)
+
+
+def tuned_arch(arch: str, triton_version: str) -> str:
+    """The key of the tables above."""
+    old = tuple(map(int, triton_version.split(".")[:2])) < (3, 8)
+    return "gfx950-sync" if arch == "gfx950" and old else arch
 
 
 def pick(arch: str, *, rows: int, Lkv: int, q_bytes: int, kv_bytes: int) -> Config:

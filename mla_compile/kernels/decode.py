@@ -17,6 +17,7 @@ from mla_compile.kernels.config import (
     combine_blocks,
     num_splits,
     pick,
+    tuned_arch,
     workspace_numel,
 )
 from mla_compile.kernels.split import split_kernel
@@ -32,9 +33,7 @@ def _device(device: torch.device) -> tuple[str, int]:
         return "interpreter", 4
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        arch = properties.gcnArchName.split(":")[0]
-        if arch == "gfx950" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
-            arch = "gfx950-sync"
+        arch = tuned_arch(properties.gcnArchName.split(":")[0], triton.__version__)
         return arch, properties.multi_processor_count
     return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
 
@@ -100,10 +99,11 @@ def _split(
     splits: int,
     out: Tensor,
     lse: Tensor,
-    out_strides: tuple[int, int, int],
+    out_strides: tuple[int, ...],
 ) -> None:
     dims, cache, mask = call.dims, call.cache, call.mask
-    mask_strides, mask_columns, mask_rows = (0, 0, 0, 0), 0, False
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    mask_columns, mask_rows = 0, False
     if mask is not None:
         mask_strides, mask_columns = mask.stride(), mask.shape[3]
         if mask_columns == 1:

@@ -256,7 +256,7 @@ def split_kernel(
             top = tl.max(tl.where(visible, _bias(mask, mask_fill), float("-inf")))
             live = (top > HIDDEN) | ((top > float("-inf")) & (tl.min(m_i) <= HIDDEN))
         else:
-            live: tl.constexpr = True
+            live: tl.constexpr = True  # type: ignore[no-redef]
         if live:
             page, slot = _locate(pos, start, b, table_ptr, PAGE_SIZE, ONE_PAGE)
             kv_rows = page * stride_cp + slot * stride_cs  # [BLOCK_N]
@@ -294,7 +294,8 @@ def split_kernel(
             acc = tl.dot(p.to(COMPUTE), kv, acc, input_precision="ieee")
             m_i = m_new
 
-    acc *= (v_scale / tl.where(l_i > 0, l_i, 1.0))[:, None]
+    l_safe = tl.where(l_i > 0, l_i, 1.0)
+    acc *= (v_scale / l_safe)[:, None]
     cols = tl.arange(0, BLOCK_L)
     out_rows = query * stride_ot + head * stride_on + split.to(tl.int64) * stride_os
     tl.store(
@@ -307,5 +308,5 @@ def split_kernel(
         tl.store(part, m_i, mask=row_ok)
         tl.store(part + 1, l_i, mask=row_ok)
     else:
-        lse = tl.where(l_i > 0, (m_i + tl.log2(l_i)) * LN2, float("-inf"))
+        lse = tl.where(l_i > 0, (m_i + tl.log2(l_safe)) * LN2, float("-inf"))
         tl.store(lse_ptr + query * N + head, lse, mask=row_ok)

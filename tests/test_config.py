@@ -1,0 +1,138 @@
+"""Tile sizes and split counts: pure functions of ints, by table; then what the compilers say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from mla_compile.dims import Dims
+from mla_compile.kernels.config import (
+    FALLBACK,
+    FULL,
+    HALF,
+    combine_blocks,
+    num_splits,
+    pick,
+    tuned_arch,
+    workspace_numel,
+)
+from mla_compile.validate import MAX_SPLITS
+
+H200 = 132
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "Lkv", "size", "expected"),
+    [
+        ("sm90", 1, 512, 2, HALF["sm90"][0]),
+        ("sm90", 16, 512, 2, HALF["sm90"][0]),
+        ("sm90", 17, 512, 2, HALF["sm90"][1]),
+        ("sm90", 128, 512, 2, HALF["sm90"][1]),
+        ("sm90", 128, 512, 4, FULL["sm90"][0]),
+        ("sm90", 128, 1024, 2, FALLBACK[0]),
+        ("gfx942", 128, 512, 2, HALF["gfx942"][1]),
+        ("gfx942", 8, 512, 4, FALLBACK[0]),
+        ("gfx950", 64, 512, 2, HALF["gfx950"][1]),
+        ("sm80", 128, 512, 2, FALLBACK[0]),
+        ("interpreter", 128, 512, 2, FALLBACK[0]),
+    ],
+)
+def test_pick(arch: str, rows: int, Lkv: int, size: int, expected: Any) -> None:
+    assert pick(arch, rows=rows, Lkv=Lkv, q_bytes=size, kv_bytes=size) == expected
+
+
+def test_gfx950_falls_back_where_triton_copies_nothing_directly_to_lds() -> None:
+    assert tuned_arch("gfx950", "3.6.0") == "gfx950-sync"
+    assert tuned_arch("gfx950", "3.10.1+rocm") == "gfx950"
+    assert tuned_arch("gfx942", "3.6.0") == "gfx942"
+
+
+def test_an_fp8_cache_under_bf16_picks_as_bf16_does() -> None:
+    assert pick("sm90", rows=64, Lkv=512, q_bytes=2, kv_bytes=1) == HALF["sm90"][1]
+
+
+@pytest.mark.parametrize("table", [*HALF.values(), *FULL.values(), FALLBACK])
+def test_configs_rise_in_rows(table: tuple[Any, ...]) -> None:
+    rows = [config.block_m for config in table]
+    assert rows == sorted(set(rows))
+
+
+@pytest.mark.parametrize(
+    ("programs", "context", "least", "most"),
+    [
+        pytest.param(256, 4096, 1, 1, id="batch-128-of-128-heads-is-not-split"),
+        pytest.param(256, 512, 1, 1, id="batch-128-short-is-not-split"),
+        pytest.param(256, 8192, 1, 1, id="batch-128-long-is-not-split"),
+        pytest.param(2, 32768, 60, 66, id="batch-1-long-fills-the-GPU-once"),
+        pytest.param(2, 4096, 32, 64, id="batch-1-splits-to-a-tile-or-two"),
+        pytest.param(2, 64, 1, 1, id="one-tile-cannot-be-split"),
+        pytest.param(32, 4096, 4, 4, id="batch-16-fills-the-GPU-once"),
+        pytest.param(0, 4096, 1, 1, id="an-empty-batch"),
+        pytest.param(2, 0, 1, 1, id="an-empty-cache"),
+    ],
+)
+def test_num_splits_on_an_h200(programs: int, context: int, least: int, most: int) -> None:
+    assert least <= num_splits(programs, context // 64, H200) <= most
+
+
+def test_num_splits_never_exceeds_tiles_or_the_limit() -> None:
+    for programs in (1, 2, 31, 200):
+        for tiles in (1, 2, 3, 100, 5000):
+            assert 1 <= num_splits(programs, tiles, 304) <= min(tiles, MAX_SPLITS)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 64, MAX_SPLITS])
+@pytest.mark.parametrize("Lkv", [16, 24, 512, 1000])
+def test_combine_blocks_hold_all_splits_within_the_register_budget(splits: int, Lkv: int) -> None:
+    block_s, block_l = combine_blocks(splits, Lkv)
+    assert block_s >= splits and block_l >= 16 and block_s * block_l <= 8192
+
+
+def test_workspace_holds_out_m_and_l_of_every_row_and_split() -> None:
+    assert workspace_numel(Dims(B=2, T=3, Sq=2, N=5, Lkv=7, R=0), 4) == 3 * 5 * 4 * 9
+
+
+LIMITS = {"sm90": 227, "gfx942": 64, "gfx950": 160}  # KB of shared memory of a workgroup
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """What the compilers make of every shipped config; a GPU is not needed, nor the interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.offline"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def test_every_kernel_compiles_for_every_arch_within_its_shared_memory(
+    compiled: list[dict[str, Any]],
+) -> None:
+    assert {row["arch"] for row in compiled} == set(LIMITS)
+    for row in compiled:
+        assert row["shared"] <= LIMITS[row["arch"]] * 1024, row
+
+
+def test_the_plain_bf16_path_does_not_spill(compiled: list[dict[str, Any]]) -> None:
+    plain = [row for row in compiled if row["path"] in ("bf16", "combine")]
+    assert len(plain) == 3 * 3
+    for row in plain:
+        assert row["spilled"] == 0, row
+
+
+def test_the_plain_bf16_path_uses_matrix_units(compiled: list[dict[str, Any]]) -> None:
+    for row in compiled:
+        if row["path"] == "bf16":
+            wanted = "wgmma" if row["arch"] == "sm90" and row["rows"] == 64 else "matrix"
+            assert row[wanted] > 0, row

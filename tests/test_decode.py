@@ -1,0 +1,105 @@
+"""The kernels against naive PyTorch: interpreted on CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mla_compile.kernels.config import FALLBACK, FULL, HALF, Config, workspace_numel
+from mla_compile.kernels.decode import launch
+from mla_compile.validate import validate
+from tests.cases import CASES, Case, Problem, assert_right, build, outputs
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreted"),
+    pytest.param("cuda", marks=pytest.mark.gpu, id="compiled"),
+]
+
+
+def run(problem: Problem, device: str, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    problem = problem.to(device)
+    out, lse = outputs(problem, device)
+    call = validate(*problem.args, **problem.options)
+    splits = problem.case.num_kv_splits
+    workspace = torch.full((workspace_numel(call.dims, splits or 300),), math.nan, device=device)
+    launch(call, out, lse, splits, workspace, config)
+    return out, lse
+
+
+@pytest.mark.parametrize(
+    ("device", "case"),
+    [
+        pytest.param(*device.values, case, marks=device.marks, id=f"{device.id}-{case}")
+        for device in DEVICES
+        for case in CASES
+        if case.gpu or device.id == "interpreted"
+    ],
+)
+def test_matches_naive_pytorch(device: str, case: Case) -> None:
+    problem = build(case)
+    assert_right(problem, *run(problem, device))
+
+
+SHIPPED = {
+    (c.block_m, c.block_n, c.reload_v): dataclasses.replace(c, options=())
+    for table in (*HALF.values(), *FULL.values(), FALLBACK)
+    for c in table
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("page_size", [1, 64], ids="pages-of-{}".format)
+@pytest.mark.parametrize("tile", SHIPPED, ids="rows-{0[0]}-keys-{0[1]}-reload-{0[2]}".format)
+def test_every_shipped_tile_is_right(tile: tuple[int, int, bool], page_size: int) -> None:
+    case = Case("tile", lens=(150, 64, 3), N=24, page_size=page_size, num_kv_splits=2)
+    problem = build(case)
+    assert_right(problem, *run(problem, "cpu", SHIPPED[tile]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_output_and_oversized_workspace(device: str) -> None:
+    problem = build(Case("strided", num_kv_splits=3)).to(device)
+    T, N, Lkv = problem.args[0].shape
+    wide = torch.full((T, 2 * N, Lkv + 8), math.nan, dtype=torch.bfloat16, device=device)
+    out, (_, lse) = wide[:, ::2, :Lkv], outputs(problem, device)
+    workspace = torch.full((10**5,), math.nan, device=device)
+    launch(validate(*problem.args, **problem.options), out, lse, 3, workspace)
+    assert_right(problem, out, lse)
+    assert bool(wide[:, 1::2].isnan().all()) and bool(wide[..., Lkv:].isnan().all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_workspace_too_small_is_refused(device: str) -> None:
+    problem = build(Case("small")).to(device)
+    out, lse = outputs(problem, device)
+    workspace = torch.empty(100, device=device)
+    with pytest.raises(ValueError, match="workspace: expected at least"):
+        launch(validate(*problem.args, **problem.options), out, lse, 3, workspace)
+    assert bool(out.isnan().all()) and bool(lse.isnan().all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_that_every_row_masks_are_not_read(device: str) -> None:
+    """A row-varying mask skips whole tiles: NaN behind them stays out."""
+    case = Case("tiles", lens=(512,), paging="whole", N=4, queries=2, dtype=torch.float32)
+    problem = build(case)
+    q_nope, q_pe, kv_c, k_pe, scale = problem.args
+    mask = torch.zeros(1, 4, 2, 512, dtype=torch.bool)
+    mask[..., :100], mask[..., 300:] = True, torch.rand(4, 2, 212) < 0.5
+    expected, expected_lse = torch.ops.mla_compile.mla_decode(
+        *problem.args, max_seqlen_q=2, attn_mask=mask
+    )
+    kv_c[:, 128:256], k_pe[:, 128:256] = math.nan, math.nan
+    for fill in (-math.inf, torch.finfo(torch.float32).min):
+        additive = torch.where(mask, 0.0, fill)
+        out, lse = (t.to(device) for t in outputs(problem))
+        args: list[Any] = [t.to(device) for t in (q_nope, q_pe, kv_c, k_pe)] + [scale]
+        options: dict[str, Any] = {"max_seqlen_q": 2, "attn_mask": additive.to(device)}
+        launch(validate(*args, **options), out, lse, 1)
+        torch.testing.assert_close(out.cpu(), expected)
+        torch.testing.assert_close(lse.cpu(), expected_lse)
