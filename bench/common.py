@@ -39,6 +39,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="commit measured, where the checkout has no .git")
+    parser.add_argument("--graph", action="store_true", help="time CUDA graph replays, on a GPU")
     parser.add_argument("--out", type=Path, help="CSV, else bench/results/<bench>-<device>.csv")
     return parser
 
@@ -62,10 +63,10 @@ def _commit() -> str:
     return result.stdout.strip()
 
 
-def measure(fn: Callable[[], object], device: torch.device, ms: int = 100) -> Times:
-    """Quantiles over about `ms` milliseconds of calls; on a GPU the L2 is flushed before each."""
+def measure(fn: Callable[[], object], device: torch.device) -> Times:
+    """Quantiles over about 100 ms of calls on a GPU, L2 flushed before each; 5 calls on a CPU."""
     if device.type == "cuda":
-        quantiles = triton.testing.do_bench(fn, warmup=25, rep=ms, quantiles=[0.2, 0.5, 0.8])
+        quantiles = triton.testing.do_bench(fn, warmup=25, rep=100, quantiles=[0.2, 0.5, 0.8])
         return Times(*quantiles)
     fn()
     seconds = []

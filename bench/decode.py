@@ -187,13 +187,14 @@ def make_row(
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--graph", action="store_true", help="time CUDA graph replays")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--pages", type=int, nargs="+", default=[1, 64])
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
+    if args.graph and not gpu:
+        parser.error("--graph needs a GPU")
     batches = args.batches or ([128, 1] if gpu else [3, 1])
     contexts = args.contexts or ([512, 1024, 2048, 4096, 8192] if gpu else [64, 200])
     heads, slots = (128, 2_097_152) if gpu else (16, 4096)

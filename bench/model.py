@@ -164,13 +164,14 @@ def run_batch(
 @torch.no_grad()
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--graph", action="store_true", help="time CUDA graph replays")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--context", type=int)
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     args = parser.parse_args()
     device = torch.device(args.device)
     gpu = device.type == "cuda"
+    if args.graph and not gpu:
+        parser.error("--graph needs a GPU")
     batches = args.batches or ([16, 4, 1] if gpu else [2])
     context = args.context or (4096 if gpu else 256)
     heads, hidden, q_rank = (128, 7168, 1536) if gpu else (4, 256, 64)
