@@ -190,18 +190,11 @@ def _paging(
     seq_lens: Tensor | None,
 ) -> PagedKV:
     device = kv_c.device
-    csr = {
-        "kv_indptr": kv_indptr,
-        "kv_indices": kv_indices,
-        "kv_last_page_lens": kv_last_page_lens,
-    }
-    missing = [name for name, tensor in csr.items() if tensor is None]
-    if len(missing) == 3:
+    if kv_indptr is None and kv_indices is None and kv_last_page_lens is None:
         if seq_lens is not None:
             _check_index("seq_lens", seq_lens, device)
-        if block_table is None:
-            B = kv_c.shape[0]
-        else:
+        B = kv_c.shape[0]
+        if block_table is not None:
             _check_index("block_table", block_table, device, rank=2)
             B = block_table.shape[0]
             if seq_lens is None:
@@ -211,18 +204,20 @@ def _paging(
             refuse("seq_lens", f"{B} entries, as many as {holder}", len(seq_lens), "Match them.")
         return PagedKV(kv_c, k_pe, B, block_table, None, seq_lens)
 
-    if missing:
+    if kv_indptr is None or kv_indices is None or kv_last_page_lens is None:
+        csr = {
+            "kv_indptr": kv_indptr,
+            "kv_indices": kv_indices,
+            "kv_last_page_lens": kv_last_page_lens,
+        }
+        missing = [name for name, tensor in csr.items() if tensor is None]
         refuse(missing[0], "a tensor: CSR paging takes all three", None, f"Pass {missing}.")
-    for name, tensor in (("block_table", block_table), ("seq_lens", seq_lens)):
-        if tensor is not None:
-            refuse(name, "None beside kv_indptr", "a tensor", "Choose CSR or block-table paging.")
-    assert kv_indptr is not None and kv_indices is not None and kv_last_page_lens is not None
-    for name, tensor in (
-        ("kv_indptr", kv_indptr),
-        ("kv_indices", kv_indices),
-        ("kv_last_page_lens", kv_last_page_lens),
-    ):
-        _check_index(name, tensor, device)
+    if block_table is not None or seq_lens is not None:
+        name = "seq_lens" if block_table is None else "block_table"
+        refuse(name, "None beside kv_indptr", "a tensor", "Choose CSR or block-table paging.")
+    _check_index("kv_indptr", kv_indptr, device)
+    _check_index("kv_indices", kv_indices, device)
+    _check_index("kv_last_page_lens", kv_last_page_lens, device)
     B = kv_indptr.shape[0] - 1
     if B < 0:
         refuse("kv_indptr", "[B+1] entries", "none", "An empty batch is kv_indptr = [0].")
