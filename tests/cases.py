@@ -19,6 +19,7 @@ from mla_compile.reference import HIDDEN
 from tests.naive import naive_decode
 
 ABSURD = 1 << 30  # a page that does not exist
+SHORT = 20  # columns of a mask that ends before its sequences do
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ def _mask(c: Case, b: int, Sq: int, n: int) -> Tensor:
         "length": length.expand(1, 1, n),
         "left padded": (torch.arange(n) >= n // 3).expand(1, 1, n),
         "holes": ((torch.arange(n) // 16 % 3 == 1) | (torch.arange(n) == n - 1)).expand(1, 1, n),
+        "short": (torch.arange(n) < SHORT).expand(1, 1, n),
         "per head": some[:, :1],
         "per query": some[:1],
         "per row": some,
@@ -223,6 +225,9 @@ def _mask(c: Case, b: int, Sq: int, n: int) -> Tensor:
         "additive lowest": torch.where(length, 0.0, low).expand(1, 1, n).to(c.dtype),
         "additive lowest per row": torch.where(some, 0.0, low).to(c.dtype),
         "additive lowest everywhere": torch.full((1, 1, n), low).to(c.dtype),
+        "additive lowest but last": torch.where(torch.arange(n) == n - 1, 0.0, low)
+        .expand(1, 1, n)
+        .to(c.dtype),
         "additive lowest and -inf": torch.where(length, low, -math.inf).expand(1, 1, n).to(c.dtype),
     }[c.mask]
 
@@ -237,6 +242,9 @@ def _stack(c: Case, masks: list[Tensor], Sq: int, capacity: int) -> Tensor:
         full.fill_(True)
     for b, m in enumerate(masks):
         full[b, :, : m.shape[1], : m.shape[2]] = m
+    if c.mask == "short":
+        full[..., SHORT:] = True  # past its columns: not the mask's to say
+        full = full[..., :SHORT]
     return full
 
 
@@ -304,6 +312,11 @@ CASES = [
         )
     ],
     Case("mask: length under causal", mask="length", queries=3),
+    Case("mask: only the last key, under causal", mask="additive lowest but last", queries=3),
+    Case("mask: keys past its columns are hidden", mask="short", num_kv_splits=2),
+    Case(
+        "mask: filled holes are not read", mask="holes", mask_fill=torch.finfo(torch.bfloat16).min
+    ),
     Case("mask: dense cache", mask="length", paging="dense"),
     Case("mask: fp16 lowest is an ordinary score", mask="additive lowest", dtype=torch.float16),
     *[
