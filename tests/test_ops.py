@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mla_compile
 from tests.cases import Case, Problem, assert_right, build, outputs
+from tests.naive import naive_decode
 
 OPS = torch.ops.mla_compile
 DEVICES = [
@@ -244,9 +245,11 @@ def test_offsets_past_32_bits() -> None:
     q = torch.randn(1, 16, 576, dtype=torch.bfloat16, device="cuda")
     table = torch.tensor([[pages - 1]], dtype=torch.int32, device="cuda")
     lens = torch.tensor([64], dtype=torch.int32, device="cuda")
-    halves = (q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:], 0.04)
-    out, lse = mla_compile.mla_decode(*halves, block_table=table, seq_lens=lens)
-    small: list[Any] = [t.cpu() for t in (*halves[:2], cache[-1:, :, :512], cache[-1:, :, 512:])]
-    expected, expected_lse = OPS.mla_decode(*small, 0.04)
-    torch.testing.assert_close(out.cpu(), expected)
-    torch.testing.assert_close(lse.cpu(), expected_lse)
+    args = (q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:], 0.04)
+    out, lse = mla_compile.mla_decode(*args, block_table=table, seq_lens=lens)
+
+    def naive(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return naive_decode([q.cpu().to(dtype)], [cache[-1].cpu().to(dtype)], 512, 0.04)
+
+    problem = Problem(Case("end"), args, {}, naive(torch.float64), naive(torch.bfloat16))
+    assert_right(problem, out, lse)
