@@ -27,19 +27,17 @@ from mla_compile.passes.indexing import (
 from mla_compile.passes.masks import check_masks, split_lengths
 from mla_compile.passes.normal_form import Evaluator, Softmax, Term, refined
 from mla_compile.passes.site import Mask, Miss, MLASite, Reason, Refusal, ScoreTerm, source_line
-from mla_compile.passes.softmax import Attention, attention_of, find_softmaxes
+from mla_compile.passes.softmax import Attention, attention_of, find_softmaxes, is_attention
 
 
 def recognise(graph: Graph) -> Iterator[MLASite | Miss]:
     """What each attention of the graph is.  One may be rewritten before the next is asked for."""
     training = any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
-    for softmax in list(find_softmaxes(graph)):
+    for softmax in list(filter(is_attention, find_softmaxes(graph))):
         try:
-            attention = attention_of(softmax)
-            if attention and training:
+            if training:
                 raise Refusal(Reason.TRAINING, "the graph also computes gradients")
-            if attention:
-                yield site(attention)
+            yield site(attention_of(softmax))
         except (Refine, Segment) as request:
             detail = f"a view splits {request.label} in a way that no index follows"
             yield Refusal(Reason.LAYOUT, detail).miss(softmax.node)
@@ -282,6 +280,10 @@ def check(found: MLASite, expanded: set[Node], attention: Attention) -> None:
     caches = [found.latent.key.node] + ([found.rope.key.node] if found.rope else [])
     if any(dtype(n) not in FLOATS for n in caches) or len({dtype(n) for n in caches}) != 1:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
+    symbolic = [n for n in ("N", "Lkv", "R", "P", "V") if not isinstance(found.dims[n], int)]
+    if symbolic:
+        sizes = ", ".join(f"{n} = {found.dims[n]}" for n in symbolic)
+        raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}", attention.softmax)
     if equal(found.dims["Skv"], 1):
         raise Refusal(Reason.PREFILL, "there is only one cached token", attention.softmax)
     check_masks(found.masks, attention.softmax)

@@ -63,16 +63,16 @@ def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
             yield Normalised(without_empty_rows(node, scores), scores, axis)
 
 
-def attention_of(softmax: Normalised) -> Attention | None:
-    """What consumes the softmax; None if it weighs nothing, as a router's does.
+def is_attention(softmax: Normalised) -> bool:
+    """Its probabilities weigh something; a router's do not."""
+    return softmax.scores is None or weighs(softmax.node)
 
-    Refuses if anything else sees the probabilities.
-    """
+
+def attention_of(softmax: Normalised) -> Attention:
+    """The softmax and the contraction that consumes it.  Refuses if anything else does."""
     if softmax.scores is None:
         roots = [u for u in softmax.node.users if u.target is operator.getitem and u.args[1] == 0]
         return Attention(softmax.node, None, -1, roots[0], frozenset({softmax.node, *roots}))
-    if not weighs(softmax.node):
-        return None
     root, path = consumer(softmax.node)
     return Attention(softmax.node, softmax.scores, softmax.axis, root, path)
 

@@ -69,6 +69,13 @@ def test_a_training_graph_is_left_alone() -> None:
 
 
 @torch.no_grad()
+def test_symbolic_heads_and_features_are_left_alone() -> None:
+    compiled = Compiled(POSITIVES[0], dynamic=True)
+    compiled(inputs())
+    assert [miss.reason for miss in compiled.misses] == [Reason.DYNAMIC]
+
+
+@torch.no_grad()
 def test_a_router_is_no_attention() -> None:
     def route(x: Inputs) -> Tensor:
         weights, chosen = x.kv_c.softmax(-1).topk(4)
