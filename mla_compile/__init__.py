@@ -12,7 +12,7 @@ from mla_compile.ops import mla_decode, mla_decode_fwd
 
 if TYPE_CHECKING:
     from mla_compile.backend import counters, disable, enable, options
-    from mla_compile.explain import explain
+    from mla_compile.report import explain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +31,7 @@ _LAZY = {
     "counters": "mla_compile.backend",
     "disable": "mla_compile.backend",
     "enable": "mla_compile.backend",
-    "explain": "mla_compile.explain",
+    "explain": "mla_compile.report",
     "options": "mla_compile.backend",
 }
 
@@ -40,5 +40,5 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'mla_compile' has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)
-    globals()[name] = value  # `explain` is both a function and a submodule: the function wins
+    globals()[name] = value
     return value

@@ -53,6 +53,8 @@ DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
 # A fill this low replaces the score it is added to: no score has a bit left beside it.
 ABSORBING = -1e30
+# What torch makes of False in a boolean mask before a fused call (cudnn's; the others get -inf).
+FUSED_FILL = -65504.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +285,8 @@ class Evaluator:
             mask = Term((Mask(settle(condition, broadcast(condition, index)), keep, fill),))  # type: ignore[arg-type]
             if constant(kept) is None:
                 return [*self.evaluate(kept, broadcast(kept, index), Context.SCORE), mask]  # type: ignore[arg-type]
-            if constant(kept) == 0 and fill <= ABSORBING:
+            lowest = ABSORBING if self.attention.scores else FUSED_FILL
+            if constant(kept) == 0 and fill <= lowest:
                 return [mask]
         return None
 
@@ -357,7 +360,15 @@ class Evaluator:
     def _fused_mask(self, mask: Node, index: Index) -> list[Term]:
         if dtype(mask) is torch.bool:
             return [Term((Mask(settle(mask, index), True, float("-inf")),))]
-        return self.evaluate(mask, index, Context.SCORE)
+        terms = self.evaluate(mask, index, Context.SCORE)
+        return [replace(t, factors=tuple(map(boolean, t.factors))) for t in terms]
+
+
+def boolean(factor: Factor) -> Factor:
+    """A fill as low as torch writes a boolean mask for a fused call, which hides the token."""
+    if isinstance(factor, Mask) and factor.fill is not None and factor.fill <= FUSED_FILL:
+        return replace(factor, fill=float("-inf"))
+    return factor
 
 
 def refined(entry: Entry, refine: Refine, outer: Label, inner: Label) -> Entry:

@@ -289,7 +289,7 @@ def check(found: MLASite, expanded: set[Node], attention: Attention) -> None:
     check_masks(found.masks, attention.softmax)
     private = expanded - {attention.root} | ({attention.scores} if attention.scores else set())
     for node in sorted(private, key=str):
-        if thief := escape(node, attention.root):
+        if thief := escape(node, attention):
             raise Refusal(Reason.ESCAPE, f"{node.name} is also used by {thief.name}", thief)
 
 
@@ -327,12 +327,12 @@ def every_label(leaf: Leaf) -> list[Label]:
     return found
 
 
-def escape(node: Node, root: Node) -> Node | None:
-    """A node beyond the attention that needs `node` even when `root` is computed in another way."""
+def escape(node: Node, attention: Attention) -> Node | None:
+    """A node beyond the attention that needs `node` even when the root is computed in another way."""
     seen, todo = {node}, [node]
     while todo:
         for user in todo.pop().users:
-            if user is root or user in seen:
+            if user in seen or user is attention.root or user is attention.softmax:
                 continue
             if user.op == "output" or user.is_impure():
                 return user

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,12 @@ def rewrite(graph: Graph, site: MLASite) -> MLASite | Miss:
     except Refusal as refusal:
         return refusal.miss(site.root)
     site.root.replace_all_uses_with(inline(graph, body, inputs, site.root))
+    if (
+        site.root.target is operator.getitem
+    ):  # a fused call counts as random: no one else removes it
+        call: Node = site.root.args[0]  # type: ignore[assignment]
+        for dead in (*call.users, call):
+            graph.erase_node(dead)
     return site
 
 
@@ -171,7 +178,7 @@ class Emitter:
                 fill = mask.fill
         if keep is None or bias is None:
             return (bias if keep is None else keep), fill
-        return torch.where(keep, bias.float(), fill), fill
+        return torch.where(keep, bias.float(), fill), float("-inf")
 
     def seq_lens(self, site: MLASite) -> Tensor | None:
         if site.lengths is None:

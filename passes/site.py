@@ -30,7 +30,9 @@ class Reason(enum.Enum):
     DROPOUT = "run in eval mode"
     PREFILL = "nothing to do: with this many queries expanding the cache is the cheaper way"
     LAYOUT = "keep batch, head and feature dimensions of queries, cache and weights separate"
-    DYNAMIC = "keep the numbers of heads and features static; sequences, queries and tokens may vary"
+    DYNAMIC = (
+        "keep the numbers of heads and features static; sequences, queries and tokens may vary"
+    )
     DTYPE = "keep the cache in bfloat16, float16 or float32"
     INTERNAL = "report it, with the trace in the log; the graph was left as it was"
 

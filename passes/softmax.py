@@ -71,8 +71,12 @@ def is_attention(softmax: Normalised) -> bool:
 def attention_of(softmax: Normalised) -> Attention:
     """The softmax and the contraction that consumes it.  Refuses if anything else does."""
     if softmax.scores is None:
-        roots = [u for u in softmax.node.users if u.target is operator.getitem and u.args[1] == 0]
-        return Attention(softmax.node, None, -1, roots[0], frozenset({softmax.node, *roots}))
+        used = [u for u in softmax.node.users if u.users]
+        if [u.args[1] for u in used] != [0]:
+            raise Refusal(
+                Reason.ESCAPE, "more than the output of the fused call is used", softmax.node
+            )
+        return Attention(softmax.node, None, -1, used[0], frozenset({softmax.node, used[0]}))
     root, path = consumer(softmax.node)
     return Attention(softmax.node, softmax.scores, softmax.axis, root, path)
 

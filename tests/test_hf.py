@@ -32,7 +32,7 @@ def model(attention: str, dtype: torch.dtype = torch.float32) -> DeepseekV3ForCa
         num_experts_per_tok=2,
         n_group=1,
         topk_group=1,
-        first_k_dense_replace=1,
+        first_k_dense_replace=LAYERS,
         q_lora_rank=24,
         kv_lora_rank=32,
         qk_rope_head_dim=8,
@@ -57,7 +57,9 @@ PROMPT = torch.arange(20).view(2, 10) * 3 % 64
 
 
 @torch.no_grad()
-def decode(step: Callable[..., Any], lm: DeepseekV3ForCausalLM, cache: Any, **inputs: Any) -> Tensor:
+def decode(
+    step: Callable[..., Any], lm: DeepseekV3ForCausalLM, cache: Any, **inputs: Any
+) -> Tensor:
     """Logits of one token after a prompt that the model itself has put into the cache."""
     lm(PROMPT, past_key_values=cache, use_cache=True)
     logits: Tensor = step(PROMPT[:, :1], past_key_values=cache, use_cache=True, **inputs).logits
@@ -100,7 +102,8 @@ def test_a_prompt_is_left_to_the_expanded_form() -> None:
     compiled = Compiled(lm)
     with torch.no_grad():
         compiled(PROMPT.repeat(1, 4), use_cache=False)
-    assert [m.reason.name for m in compiled.misses] == ["CAUSAL"] * LAYERS
+    assert len(compiled.misses) == LAYERS
+    assert compiled.count(OP) == 0
 
 
 def test_attentions_that_are_returned_are_left_alone() -> None:

@@ -16,7 +16,7 @@ dims paged contents validate reference
 kernels.config kernels.split kernels.combine kernels.decode ops
 passes.graph passes.indexing passes.site passes.softmax passes.normal_form passes.masks
 passes.recognise passes.absorb passes.rewrite passes.inductor
-backend explain demo __main__
+backend report demo __main__
 """
 SOURCES = sorted(
     [*PACKAGE.glob("*.py"), *PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("passes/*.py")]
