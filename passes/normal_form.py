@@ -284,7 +284,10 @@ class Evaluator:
                 continue
             mask = Term((Mask(settle(condition, broadcast(condition, index)), keep, fill),))  # type: ignore[arg-type]
             if constant(kept) is None:
-                return [*self.evaluate(kept, broadcast(kept, index), Context.SCORE), mask]  # type: ignore[arg-type]
+                terms = self.evaluate(kept, broadcast(kept, index), Context.SCORE)  # type: ignore[arg-type]
+                # A fill replaces a score; in an added mask it is only added, unless it absorbs.
+                replaced = fill <= ABSORBING or any(t.summed for t in terms)
+                return [*terms, mask] if replaced else None
             lowest = ABSORBING if self.attention.scores else FUSED_FILL
             if constant(kept) == 0 and fill <= lowest:
                 return [mask]
