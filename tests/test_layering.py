@@ -55,7 +55,8 @@ def test_a_module_imports_only_what_stands_left_of_it(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_file_has_more_than_400_lines(module: str) -> None:
-    assert len(MODULES[module].read_text().splitlines()) <= 400
+    lines = MODULES[module].read_text().count("\n")
+    assert lines <= 400
 
 
 def test_top_level_is_what_the_design_says() -> None:
