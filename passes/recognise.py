@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from math import isfinite
 
 from torch.fx import Graph, Node
@@ -241,7 +242,7 @@ def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
         return [term]
     begin, end = at.offset - here.offset, at.offset - here.offset + value.size
     bounds = [0, begin, end, term.feature.size]
-    sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    sizes = [b - a for a, b in pairwise(bounds)]
     if not all(true(n >= 0) for n in sizes) or equal(sizes[1], term.feature.size):
         return [term]
     return [

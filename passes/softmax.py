@@ -115,9 +115,9 @@ def strip_casts(node: Node) -> Node:
 def without_empty_rows(probabilities: Node, scores: Node) -> Node:
     """The probabilities with rows that see no key set to zero, if the graph does that."""
     for user in probabilities.users:
-        if user.target is aten.where.self and user.args[2] is probabilities:
-            if constant(user.args[1]) == 0 and sees_nothing(user.args[0], scores):  # type: ignore[arg-type]
-                return user
+        zeroed = user.target is aten.where.self and user.args[2] is probabilities
+        if zeroed and constant(user.args[1]) == 0 and sees_nothing(user.args[0], scores):
+            return user
     return probabilities
 
 
