@@ -86,7 +86,7 @@ class Leaf:
         return labels_of(self.index)
 
     def key(self, rename: dict[Label, str]) -> tuple[object, ...]:
-        """Equal keys read the same element, up to the renaming of the labels in `rename`."""
+        """Equal for reads of the same element, up to the names of labels."""
         return self.node, tuple(tuple(d.key(rename) for d in entry) for entry in self.index)
 
     def __repr__(self) -> str:
@@ -220,6 +220,12 @@ def pick_part(index: Index, dim: int, parts: list[Part]) -> Read:
     return None
 
 
+def shifted(source: Node, index: Index, dim: int, start: Size) -> Read:
+    """Read a slice of `source` that begins at `start` along `dim`."""
+    entry = shift(index[dim], start, shape(source)[dim])
+    return None if entry is None else (source, (*index[:dim], entry, *index[dim + 1 :]))
+
+
 def _axis(node: Node, rank: int) -> int:
     return int(argument(node, "dim", 0)) % rank
 
@@ -273,8 +279,7 @@ def _slice(node: Node, index: Index) -> Read:
         start = start + size
     if not (true(start >= 0) and true(start <= size)):
         return None
-    entry = shift(index[dim], start, size)
-    return None if entry is None else (source, (*index[:dim], entry, *index[dim + 1 :]))
+    return shifted(source, index, dim, start)
 
 
 def _select(node: Node, index: Index) -> Read:
@@ -295,8 +300,7 @@ def _getitem(node: Node, index: Index) -> Read:
     source: Node = pieces.args[0]  # type: ignore[assignment]
     dim = _axis(pieces, len(index))
     start = sum((v.shape[dim] for v in pieces.meta["val"][:which]), start=0)
-    entry = shift(index[dim], start, shape(source)[dim])
-    return None if entry is None else (source, (*index[:dim], entry, *index[dim + 1 :]))
+    return shifted(source, index, dim, start)
 
 
 def _cat(node: Node, index: Index) -> Read:

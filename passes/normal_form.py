@@ -25,14 +25,12 @@ from mla_compile.passes.graph import (
     argument,
     aten,
     constant,
-    divides,
     dtype,
     equal,
     is_scalar_tensor,
     shape,
 )
 from mla_compile.passes.indexing import (
-    Digit,
     Entry,
     Index,
     Label,
@@ -46,6 +44,7 @@ from mla_compile.passes.indexing import (
     squeeze,
     whole,
 )
+from mla_compile.passes.labels import cut, refined
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
 from mla_compile.passes.softmax import Attention
 
@@ -372,32 +371,3 @@ def boolean(factor: Factor) -> Factor:
     if isinstance(factor, Mask) and factor.fill is not None and factor.fill <= FUSED_FILL:
         return replace(factor, fill=float("-inf"))
     return factor
-
-
-def refined(entry: Entry, refine: Refine, outer: Label, inner: Label) -> Entry:
-    """An entry with the digit of one label written as two."""
-    digits: list[Digit] = []
-    for d in entry:
-        if d.label is not refine.label:
-            digits.append(d)
-            continue
-        if not (divides(inner.size, d.offset) and divides(inner.size, d.base)):
-            raise Refusal(
-                Reason.LAYOUT,
-                f"a dimension of {d.base} is cut off the grid of {inner.size} that a view needs",
-            )
-        digits += [Digit(outer, d.offset // inner.size, d.base // inner.size), *whole(inner)]
-    return tuple(digits)
-
-
-def cut(entry: Entry, segment: Segment, fresh: Callable[[Size], Label]) -> list[Entry]:
-    """Copies of an entry, each restricted to one segment of a label."""
-    pieces, begin = [], 0
-    for size in segment.sizes:
-        piece = tuple(
-            Digit(fresh(size), d.offset + begin, d.base) if d.label is segment.label else d
-            for d in entry
-        )
-        pieces.append(piece)
-        begin = begin + size
-    return pieces

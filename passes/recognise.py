@@ -25,8 +25,9 @@ from mla_compile.passes.indexing import (
     squeeze,
     whole,
 )
+from mla_compile.passes.labels import refined
 from mla_compile.passes.masks import check_masks, split_lengths
-from mla_compile.passes.normal_form import Evaluator, Softmax, Term, refined
+from mla_compile.passes.normal_form import Evaluator, Softmax, Term
 from mla_compile.passes.site import Mask, Miss, MLASite, Reason, Refusal, ScoreTerm, source_line
 from mla_compile.passes.softmax import Attention, attention_of, find_softmaxes, is_attention
 
