@@ -10,9 +10,10 @@ import torch
 from torch.fx import Node
 
 from mla_compile.passes.graph import Size, aten, dtype, is_tensor, prims
-from mla_compile.passes.indexing import Index, Label, Leaf, broadcast, settle
+from mla_compile.passes.indexing import Index, Label, Leaf, broadcast
 from mla_compile.passes.normal_form import ABSORBING, Softmax
 from mla_compile.passes.site import Lengths, Mask, Reason, Refusal
+from mla_compile.passes.views import settle
 
 
 def split_lengths(

@@ -39,14 +39,13 @@ from mla_compile.passes.indexing import (
     Segment,
     broadcast,
     labels_of,
-    relabel,
-    settle,
     squeeze,
     whole,
 )
 from mla_compile.passes.labels import cut, refined
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
 from mla_compile.passes.softmax import Attention
+from mla_compile.passes.views import relabel, settle
 
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}

@@ -14,8 +14,8 @@ TOP_LEVEL = {"LICENSE", "README.md", "bench", "mla_compile", "passes", "pyprojec
 ORDER = """
 dims paged contents validate reference
 kernels.config kernels.split kernels.combine kernels.decode ops
-passes.graph passes.indexing passes.site passes.labels passes.softmax passes.normal_form passes.masks
-passes.recognise passes.absorb passes.rewrite passes.inductor
+passes.graph passes.indexing passes.views passes.site passes.labels passes.softmax
+passes.normal_form passes.masks passes.recognise passes.absorb passes.rewrite passes.inductor
 backend report demo __main__
 """
 SOURCES = sorted(
