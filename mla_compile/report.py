@@ -240,8 +240,8 @@ def roles(site: MLASite) -> dict[str, str]:
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile `fn` with the pass, run it once without grad, and report on every attention in it.
 
-    The run is real: a cache among the arguments is written to.  What Dynamo had compiled is forgotten,
-    and no graph is taken from Inductor's caches, for such a graph never meets the pass.
+    The run is real: a cache among the arguments is written to.  What Dynamo had compiled is
+    forgotten, and no graph is taken from Inductor's caches, for such a graph never meets the pass.
     """
     report = Report()
     torch._dynamo.reset()
