@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch._dynamo import output_graph
 from torch._guards import TracingContext
 from torch._inductor import config
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from mla_compile.page import Section, html
 from mla_compile.passes.graph import strip
@@ -29,6 +30,7 @@ class Rewritten:
     """One attention that became the op."""
 
     where: str  # file:line of the softmax in the user's code
+    module: str  # its path in the model, '' outside of one
     form: str
     cache: str
     mask: str
@@ -40,7 +42,8 @@ class Rewritten:
     after: str = field(repr=False)
 
     def rows(self) -> dict[str, str]:
-        return {
+        rows = {
+            "module": self.module,
             "form": self.form,
             "cache": self.cache,
             "mask": self.mask,
@@ -49,6 +52,7 @@ class Rewritten:
             "became": self.op,
             **self.saves,
         }
+        return {k: v for k, v in rows.items() if v}
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Refused:
     """One attention that was left as it was."""
 
     where: str
+    module: str
     reason: str
     detail: str
     remedy: str
@@ -64,6 +69,7 @@ class Refused:
 
     def rows(self) -> dict[str, str]:
         rows = {
+            "module": self.module,
             "left": f"{self.reason}: {self.detail}",
             "node": self.node,
             "remedy": self.remedy,
@@ -176,12 +182,13 @@ def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
     results = {strip(n) for n in graph.output_node().all_input_nodes}
     return [
         Refused(
-            source_line(softmax.node),
-            "GRAPH_BREAK",
-            "the probabilities leave the graph before they meet the values",
-            "take the graph break out of the attention",
-            f"{softmax.node.name}",
-            graph_break,
+            where=source_line(softmax.node),
+            module=module_path(softmax.node),
+            reason="GRAPH_BREAK",
+            detail="the probabilities leave the graph before they meet the values",
+            remedy="take the graph break out of the attention",
+            node=described_node(softmax.node),
+            graph_break=graph_break,
         )
         for softmax in find_softmaxes(graph)
         if not is_attention(softmax) and strip(softmax.node) in results
@@ -189,8 +196,25 @@ def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
 
 
 def refused(miss: Miss, graph_break: str) -> Refused:
-    node = f"{miss.node.name} ({miss.node.target}), {source_line(miss.node)}"
-    return Refused(miss.where, miss.reason.name, miss.detail, miss.remedy, node, graph_break)
+    return Refused(
+        where=miss.where,
+        module=module_path(miss.node),
+        reason=miss.reason.name,
+        detail=miss.detail,
+        remedy=miss.remedy,
+        node=described_node(miss.node),
+        graph_break=graph_break,
+    )
+
+
+def described_node(node: Node) -> str:
+    return f"{node.name} ({node.target}), {source_line(node)}"
+
+
+def module_path(node: Node) -> str:
+    """As in model.named_modules()."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else ""
 
 
 def rewritten(
@@ -207,6 +231,7 @@ def rewritten(
     inputs = dict.fromkeys(name for x in new for name in x.inputs if name not in made)
     return Rewritten(
         where=site.where,
+        module=module_path(site.root),
         form=site.family,
         cache=", ".join(caches),
         mask=site.mask,

@@ -86,6 +86,30 @@ def test_nothing_is_drawn_over_a_box() -> None:
     assert len(places) == 4 and all(apart)
 
 
+class Layers(torch.nn.Module):
+    """Two layers of the same source line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Layer(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, -1) @ x
+
+
+def test_attentions_of_one_source_line_are_told_apart_by_their_module() -> None:
+    misses = mla_compile.explain(Layers(), torch.randn(3, 3)).misses
+    assert [miss.module for miss in misses] == ["layers.0", "layers.1"]
+    assert len({miss.where for miss in misses}) == 1
+
+
 def test_views_and_constants_are_not_drawn() -> None:
     ops = [
         Op("x", "x", "", (), False, False),
