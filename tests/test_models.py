@@ -125,7 +125,7 @@ def main(names: list[str]) -> int:
             row |= {"plain": f"{outcome.plain:.1e}", "seconds": time.perf_counter() - start}
             row |= {"fault": "; ".join(faults(name, outcome)) or None}
             rows.append(row)
-            say(f"{name} {case}: {row['fault'] or 'as expected'}")
+            say(f"{name} {case}: error {row['error']}, {row['fault'] or 'as expected'}")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     print(table(rows, list(rows[0])))
     return int(any(row["fault"] for row in rows))
