@@ -256,7 +256,8 @@ def quantised_projection(x: Inputs) -> Tensor:
     flat = x.kv_c.flatten(0, 1).bfloat16()
     kv = torch._weight_int8pack_mm(flat, weight, scale.bfloat16())
     k, v = kv.to(x.kv_c.dtype).view(B, Skv, x.N, 32).transpose(1, 2).split([16, 16], -1)
-    return (x.q_nope.transpose(1, 2) @ k.mT * SCALE).softmax(-1) @ v
+    out: Tensor = (x.q_nope.transpose(1, 2) @ k.mT * SCALE).softmax(-1) @ v
+    return out
 
 
 NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
