@@ -213,8 +213,8 @@ def computed_for(tokens: Size, node: Node) -> Iterator[Node]:
     todo, seen = [node], {node}
     while todo:
         yield (node := todo.pop())
-        before = [x for x in node.all_input_nodes if is_tensor(x) and x not in seen]
-        todo += [x for x in before if any(divides(tokens, n) for n in shape(x))]
+        before = [x for x in node.all_input_nodes if x not in seen]
+        todo += [x for x in before if not is_tensor(x) or any(divides(tokens, n) for n in shape(x))]
         seen |= {*before}
 
 
