@@ -1,10 +1,12 @@
 """What the Gluon kernels of CDNA3 and CDNA4 share: all but how a tile moves through LDS.
 
-They compute what `split` does and write the same (out, m, l), for the common case alone: latents of
-512 + 64 in two bytes, no mask, no soft cap, no scales (see config.covered). A workgroup owns
-BLOCK_M rows and one split. QK^T is divided among the waves over rows, and what is left of them over
-keys; PV over the columns of V, so that no two waves read the same part of the V tile: P and alpha go
-through LDS instead.
+They compute what `split` does and write the same out, m and l, for the common case alone:
+`config.uncovered` is the list of what they leave to it. A workgroup owns BLOCK_M query rows and one
+KV split. Its waves divide Q · Kᵀ by rows, and what is left of them by keys; P · V they divide by
+columns, so that no part of a V tile is read by two waves. P and alpha change hands through LDS.
+
+`block` is (first row, q_start, Sq of the sequence, split), `keys` is (lo, hi, kv_len, b, where the
+sequence's table entries start). A tile's `at` is its keys' positions and their table entries.
 """
 
 from triton.experimental import gluon
@@ -12,40 +14,44 @@ from triton.experimental.gluon import language as gl
 
 LKV: gl.constexpr = gl.constexpr(512)
 R: gl.constexpr = gl.constexpr(64)
+WIDE: gl.constexpr = gl.constexpr(8)  # elements of 16 bytes, the widest access there is
+XCDS: gl.constexpr = gl.constexpr(8)  # dies of an MI300 or MI350, each with an L2 of its own
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
-XCDS: gl.constexpr = gl.constexpr(8)  # dies of an MI300 or MI350, each with an L2 of its own
-MFMA: gl.constexpr = gl.constexpr(16)  # rows and columns of a matrix instruction
+
+
+@gluon.constexpr_function
+def _matrix_layout(version, waves):
+    shape = [16, 16, 16 if version == 3 else 32]
+    return gl.amd.AMDMFMALayout(
+        version=version, instr_shape=shape, transposed=True, warps_per_cta=waves
+    )
 
 
 @gluon.constexpr_function
 def score_layout(version, block_m, num_warps):
-    """[BLOCK_M, BLOCK_N] of scores: waves over rows first, over keys with what is left of them."""
+    """[BLOCK_M, BLOCK_N]: 16 rows a wave; waves that are left divide the keys."""
     over_rows = min(block_m // 16, num_warps)
-    return gl.amd.AMDMFMALayout(
-        version=version,
-        instr_shape=[16, 16, 16 if version == 3 else 32],
-        transposed=True,
-        warps_per_cta=[over_rows, num_warps // over_rows],
-    )
+    return _matrix_layout(version, [over_rows, num_warps // over_rows])
 
 
 @gluon.constexpr_function
 def out_layout(version, num_warps):
-    """[BLOCK_M, LKV] of the accumulator: waves over columns."""
-    return gl.amd.AMDMFMALayout(
-        version=version,
-        instr_shape=[16, 16, 16 if version == 3 else 32],
-        transposed=True,
-        warps_per_cta=[1, num_warps],
-    )
+    """[BLOCK_M, LKV]: every wave has all rows of its columns."""
+    return _matrix_layout(version, [1, num_warps])
 
 
 @gluon.constexpr_function
 def tile_layout(width, num_warps):
-    """[keys, width] in memory: 16 bytes a lane, 1 KB of consecutive columns or rows a wave."""
+    """[BLOCK_N, width] as it lies in memory: a wave takes whole rows, 16 bytes a lane."""
     lanes = min(width // 8, 64)
     return gl.BlockedLayout([1, 8], [64 // lanes, lanes], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def padded(rows, width, every, by):
+    """Row-major in LDS with a gap of `by` elements after each `every`, against bank conflicts."""
+    return gl.PaddedSharedLayout.with_identity_for([[every, by]], [rows, width], [1, 0])
 
 
 @gluon.jit
@@ -63,9 +69,8 @@ def claim(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """This program's b, first row, split, queries (q_start, sq), kv_len, first table entry and keys
-    lo..hi; hi <= lo where there is nothing to do."""
-    # Programs are dealt round robin to the XCDs; what shares keys should share an L2.
+    """This program's block and keys; hi <= lo where there is nothing to attend to."""
+    # Programs are dealt to the XCDs in turn; what shares keys is to share an L2.
     pid = gl.program_id(0)
     xcd = pid % XCDS
     pid = xcd * (num_programs // XCDS) + gl.minimum(xcd, num_programs % XCDS) + pid // XCDS
@@ -98,42 +103,49 @@ def claim(
     span = gl.cdiv(gl.cdiv(kv_end, num_splits), BLOCK_N) * BLOCK_N
     lo = split * span
     hi = gl.minimum(lo + span, kv_end)
-    hi = gl.where(row < sq * N, hi, lo)
-    return b, row, split, q_start, sq, kv_len, entry, lo, hi
+    hi = gl.where(row < sq * N, hi, lo)  # a row block past this sequence's queries
+    return (row, q_start, sq, split), (lo, hi, kv_len, b, entry)
 
 
 @gluon.jit
-def split_rows(row, sq, N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Token and head of the block's rows; rows past the end repeat the last."""
-    rows = gl.minimum(row + gl.arange(0, BLOCK_M, layout=LAYOUT), sq * N - 1)
+def rows_of(block, N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Token within the sequence and head of each row; rows past the end repeat the last."""
+    rows = gl.minimum(block[0] + gl.arange(0, BLOCK_M, layout=LAYOUT), block[2] * N - 1)
     return rows // N, rows % N
 
 
 @gluon.jit
-def load_query(ptr, row, q_start, sq, stride_t, stride_n, N, WIDTH, BLOCK_M, LAYOUT):
-    """[BLOCK_M, WIDTH], straight into the registers of a matrix operand."""
-    token, head = split_rows(row, sq, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
-    rows = (q_start + token) * stride_t + head.to(gl.int64) * stride_n
+def owned(block, N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    return block[0] + gl.arange(0, BLOCK_M, layout=LAYOUT) < block[2] * N
+
+
+@gluon.jit
+def load_query(ptr, block, stride_t, stride_n, N, BLOCK_M, WIDTH, LAYOUT: gl.constexpr):
+    """[BLOCK_M, WIDTH], into the registers where the matrix instruction wants it."""
+    token, head = rows_of(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    rows = (block[1] + token) * stride_t + head.to(gl.int64) * stride_n
     cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     return gl.load(ptr + rows[:, None] + cols[None, :])
 
 
 @gluon.jit
-def read_table(table_ptr, pos, PAGE_SIZE: gl.constexpr):
-    """Entries of keys `pos`, or `pos` where there is no table."""
-    if table_ptr is None:
+def look_up(table_ptr, start, hi, PAGE_SIZE, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """`at` of the tile at `start`; keys past the end repeat the last."""
+    pos = gl.minimum(start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT)), hi - 1)
+    if PAGE_SIZE == 0:
         entries = pos
     elif PAGE_SIZE == 1:
         entries = gl.load(table_ptr + pos)
     else:
         entries = gl.load(table_ptr + pos // PAGE_SIZE)
-    return entries
+    return pos, entries
 
 
 @gluon.jit
-def key_pointers(ptr, entries, pos, b, stride_p, stride_s, WIDTH, PAGED, PAGE_SIZE, LAYOUT):
-    """[keys, WIDTH] pointers to keys `pos`, whose table entries are `entries`."""
-    if not PAGED:
+def tile_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE, WIDTH, LAYOUT: gl.constexpr):
+    """[BLOCK_N, WIDTH] pointers."""
+    pos, entries = at
+    if PAGE_SIZE == 0:
         rows = b * stride_p + pos.to(gl.int64) * stride_s
     elif PAGE_SIZE == 1:
         rows = entries.to(gl.int64) * stride_p
@@ -144,19 +156,19 @@ def key_pointers(ptr, entries, pos, b, stride_p, stride_s, WIDTH, PAGED, PAGE_SI
 
 
 @gluon.jit
-def hide(s, start, row, sq, kv_len, hi, N, CAUSAL, BLOCK_M, BLOCK_N, LAYOUT):
-    """Scores of keys past the end, or later than a row's query, are -inf."""
+def hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, LAYOUT: gl.constexpr):
+    """-inf for keys past the end or later than a row's query."""
     pos = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    visible = (pos < hi)[None, :]
+    visible = (pos < keys[1])[None, :]
     if CAUSAL:
-        token, _ = split_rows(row, sq, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
-        visible = visible & (pos[None, :] <= (token + (kv_len - sq))[:, None])
+        token, _ = rows_of(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+        visible = visible & (pos[None, :] <= (token + (keys[2] - block[2]))[:, None])
     return gl.where(visible, s, float("-inf"))
 
 
 @gluon.jit
 def softmax(s, m_i, l_i, qk_scale, CAUSAL: gl.constexpr):
-    """One step of the online softmax in powers of two: p, alpha and the new m_i, l_i."""
+    """One online step in powers of two: p, alpha and the new m_i, l_i."""
     m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
     base = m_new
     if CAUSAL:  # a row may have seen no key yet; -inf - -inf is NaN
@@ -167,55 +179,25 @@ def softmax(s, m_i, l_i, qk_scale, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def store_out(
-    out_ptr,
-    out,
-    row,
-    q_start,
-    sq,
-    split,
-    stride_t,
-    stride_n,
-    stride_s,
-    N: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    token, head = split_rows(row, sq, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
-    rows = (q_start + token) * stride_t + head.to(gl.int64) * stride_n
-    rows += split.to(gl.int64) * stride_s
+def store_out(ptr, out, block, strides, N, BLOCK_M, LAYOUT: gl.constexpr):
+    token, head = rows_of(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    rows = (block[1] + token) * strides[0] + head.to(gl.int64) * strides[1]
+    rows += block[3].to(gl.int64) * strides[2]
     cols = gl.arange(0, LKV, layout=gl.SliceLayout(0, LAYOUT))
-    owned = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT)) < sq * N
-    gl.store(
-        out_ptr + rows[:, None] + cols[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=owned[:, None],
-    )
+    mine = owned(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    gl.store(ptr + rows[:, None] + cols[None, :], out.to(ptr.dtype.element_ty), mask=mine[:, None])
 
 
 @gluon.jit
-def store_sums(
-    lse_ptr,
-    m_i,
-    l_i,
-    row,
-    q_start,
-    sq,
-    split,
-    num_splits,
-    N: gl.constexpr,
-    SPLIT: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
+def store_sums(ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, LAYOUT: gl.constexpr):
     """lse, or (m, l) for `combine`."""
-    token, head = split_rows(row, sq, N, BLOCK_M, LAYOUT)
-    rows = (q_start + token) * N + head
-    owned = row + gl.arange(0, BLOCK_M, layout=LAYOUT) < sq * N
+    token, head = rows_of(block, N, BLOCK_M, LAYOUT)
+    rows = (block[1] + token) * N + head
+    mine = owned(block, N, BLOCK_M, LAYOUT)
     if SPLIT:
-        part = lse_ptr + (rows * num_splits + split) * 2
-        gl.store(part, m_i, mask=owned)
-        gl.store(part + 1, l_i, mask=owned)
+        part = ptr + (rows * num_splits + block[3]) * 2
+        gl.store(part, m_i, mask=mine)
+        gl.store(part + 1, l_i, mask=mine)
     else:
         lse = gl.where(l_i > 0, (m_i + gl.log2(l_i)) * LN2, float("-inf"))
-        gl.store(lse_ptr + rows, lse, mask=owned)
+        gl.store(ptr + rows, lse, mask=mine)

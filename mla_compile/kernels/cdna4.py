@@ -1,7 +1,7 @@
 """Stage 1 for CDNA4 (gfx950): tiles go from memory straight to LDS, two in turn.
 
-LDS has room for two tiles of 64 keys. While one is worked on the next arrives, past the registers;
-keys are read as they lie and values through the transposing LDS read that CDNA4 has.
+While one tile is worked on the next arrives, without passing through registers. Q · Kᵀ reads it as
+it lies, P · V by the transposing LDS read of CDNA4.
 """
 
 from triton.experimental import gluon
@@ -9,10 +9,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd.cdna4 import async_copy
 
 from mla_compile.kernels import cdna
-from mla_compile.kernels.cdna import LKV, LOG2E, R
+from mla_compile.kernels.cdna import LKV, LOG2E, WIDE, R
 
-WIDE: gl.constexpr = gl.constexpr(8)  # elements of a 16-byte LDS read, keys of a lane in one MFMA
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the second name
 
 
 @gluon.jit(do_not_specialize=["page_size", "num_splits", "num_programs", "stride_table"])
@@ -52,19 +51,18 @@ def cdna4_kernel(
     BLOCK_N: gl.constexpr,
 ):
     W: gl.constexpr = gl.num_warps()
-    QK: gl.constexpr = cdna.score_layout(4, BLOCK_M, W)
-    PV: gl.constexpr = cdna.out_layout(4, W)
-    Q: gl.constexpr = gl.DotOperandLayout(0, QK, WIDE)
-    K: gl.constexpr = gl.DotOperandLayout(1, QK, WIDE)
-    P: gl.constexpr = gl.DotOperandLayout(0, PV, WIDE)
-    V: gl.constexpr = gl.DotOperandLayout(1, PV, WIDE)
-    ROWS: gl.constexpr = gl.SliceLayout(1, QK)
+    DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
     C: gl.constexpr = cdna.tile_layout(LKV, W)
     E: gl.constexpr = cdna.tile_layout(R, W)
-    DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
-    PAGED: gl.constexpr = table_ptr is not None
+    S: gl.constexpr = cdna.score_layout(4, BLOCK_M, W)
+    O: gl.constexpr = cdna.out_layout(4, W)
+    ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    Q: gl.constexpr = gl.DotOperandLayout(0, S, WIDE)
+    K: gl.constexpr = gl.DotOperandLayout(1, S, WIDE)
+    P: gl.constexpr = gl.DotOperandLayout(0, O, WIDE)
+    V: gl.constexpr = gl.DotOperandLayout(1, O, WIDE)
 
-    b, row, split, q_start, sq, kv_len, entry, lo, hi = cdna.claim(
+    block, keys = cdna.claim(
         starts_ptr,
         lens_ptr,
         qo_indptr_ptr,
@@ -78,64 +76,72 @@ def cdna4_kernel(
         BLOCK_M,
         BLOCK_N,
     )
+    lo, hi, kv_len, b, entry = keys
     m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=ROWS)
     l_i = gl.zeros([BLOCK_M], gl.float32, layout=ROWS)
-    acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=PV)
+    acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=O)
+    out_strides = (stride_ot, stride_on, stride_os)
     if hi <= lo:
-        cdna.store_out(out_ptr, acc, row, q_start, sq, split, stride_ot, stride_on, stride_os, N, BLOCK_M, PV)
-        cdna.store_sums(lse_ptr, m_i, l_i, row, q_start, sq, split, num_splits, N, SPLIT, BLOCK_M, ROWS)
+        cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, O)
+        cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
         return
-    if PAGED:
-        table_ptr += entry if starts_ptr is not None else b * stride_table
+    if PAGE_SIZE > 0:
+        table_ptr += b * stride_table if starts_ptr is None else entry
 
-    kv_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, LKV], gl.PaddedSharedLayout.with_identity_for([[512, 16]], [BLOCK_N, LKV], [1, 0]))
-    pe_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, R], gl.PaddedSharedLayout.with_identity_for([[512, 16]], [BLOCK_N, R], [1, 0]))
-    p_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_M, BLOCK_N], gl.PaddedSharedLayout.with_identity_for([[BLOCK_N, WIDE]], [BLOCK_M, BLOCK_N], [1, 0]))
-    alpha_smem = gl.allocate_shared_memory(gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-
-    q_nope = cdna.load_query(q_nope_ptr, row, q_start, sq, stride_qt, stride_qn, N, LKV, BLOCK_M, Q)
-    q_pe = cdna.load_query(q_pe_ptr, row, q_start, sq, stride_pt, stride_pn, N, R, BLOCK_M, Q)
+    q_nope = cdna.load_query(q_nope_ptr, block, stride_qt, stride_qn, N, BLOCK_M, LKV, Q)
+    q_pe = cdna.load_query(q_pe_ptr, block, stride_pt, stride_pn, N, BLOCK_M, R, Q)
     qk_scale = sm_scale * LOG2E
 
-    keys_c = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, C))
-    keys_e = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, E))
-    pos_c = gl.minimum(lo + keys_c, hi - 1)
-    pos_e = gl.minimum(lo + keys_e, hi - 1)
-    at_c = cdna.read_table(table_ptr, pos_c, PAGE_SIZE)
-    at_e = cdna.read_table(table_ptr, pos_e, PAGE_SIZE)
-    async_copy.global_load_to_shared(kv_smem.index(0), cdna.key_pointers(kv_c_ptr, at_c, pos_c, b, stride_cp, stride_cs, LKV, PAGED, PAGE_SIZE, C))
-    async_copy.global_load_to_shared(pe_smem.index(0), cdna.key_pointers(k_pe_ptr, at_e, pos_e, b, stride_kp, stride_ks, R, PAGED, PAGE_SIZE, E))
+    # A wave writes 1 KB at a time, so only what one write holds can be kept apart.
+    kv_smem = gl.allocate_shared_memory(
+        DTYPE, [2, BLOCK_N, LKV], cdna.padded(BLOCK_N, LKV, 512, 16)
+    )
+    pe_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, R], cdna.padded(BLOCK_N, R, 512, 16))
+    p_smem = gl.allocate_shared_memory(
+        DTYPE, [BLOCK_M, BLOCK_N], cdna.padded(BLOCK_M, BLOCK_N, BLOCK_N, WIDE)
+    )
+    row_smem = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+
+    at_c = cdna.look_up(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, C)
+    at_e = cdna.look_up(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, E)
+    kv = cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C)
+    pe = cdna.tile_at(k_pe_ptr, at_e, b, stride_kp, stride_ks, PAGE_SIZE, R, E)
+    async_copy.global_load_to_shared(kv_smem.index(0), kv)
+    async_copy.global_load_to_shared(pe_smem.index(0), pe)
     async_copy.commit_group()
-    pos_c = gl.minimum(lo + BLOCK_N + keys_c, hi - 1)
-    pos_e = gl.minimum(lo + BLOCK_N + keys_e, hi - 1)
-    at_c = cdna.read_table(table_ptr, pos_c, PAGE_SIZE)
-    at_e = cdna.read_table(table_ptr, pos_e, PAGE_SIZE)
+    at_c = cdna.look_up(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
+    at_e = cdna.look_up(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
     now = 0
     for start in range(lo, hi, BLOCK_N):
         async_copy.wait_group(0)
         barrier()
-        after_c = gl.minimum(start + 2 * BLOCK_N + keys_c, hi - 1)
-        after_e = gl.minimum(start + 2 * BLOCK_N + keys_e, hi - 1)
-        after_at_c = cdna.read_table(table_ptr, after_c, PAGE_SIZE)
-        after_at_e = cdna.read_table(table_ptr, after_e, PAGE_SIZE)
-        async_copy.global_load_to_shared(kv_smem.index(1 - now), cdna.key_pointers(kv_c_ptr, at_c, pos_c, b, stride_cp, stride_cs, LKV, PAGED, PAGE_SIZE, C))
-        async_copy.global_load_to_shared(pe_smem.index(1 - now), cdna.key_pointers(k_pe_ptr, at_e, pos_e, b, stride_kp, stride_ks, R, PAGED, PAGE_SIZE, E))
+        kv = cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C)
+        pe = cdna.tile_at(k_pe_ptr, at_e, b, stride_kp, stride_ks, PAGE_SIZE, R, E)
+        async_copy.global_load_to_shared(kv_smem.index(1 - now), kv)
+        async_copy.global_load_to_shared(pe_smem.index(1 - now), pe)
         async_copy.commit_group()
-        pos_c, pos_e, at_c, at_e = after_c, after_e, after_at_c, after_at_e
-        s = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=QK)
-        s = gl.amd.cdna3.mfma(q_pe, async_copy.load_shared_relaxed(pe_smem.index(now).permute([1, 0]), K), s)
-        s = gl.amd.cdna3.mfma(q_nope, async_copy.load_shared_relaxed(kv_smem.index(now).permute([1, 0]), K), s)
-        s = cdna.hide(s, start, row, sq, kv_len, hi, N, CAUSAL, BLOCK_M, BLOCK_N, QK)
+        at_c = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
+        at_e = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
+
+        k = async_copy.load_shared_relaxed(kv_smem.index(now).permute([1, 0]), K)
+        k_pe = async_copy.load_shared_relaxed(pe_smem.index(now).permute([1, 0]), K)
+        s = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S)
+        s = gl.amd.cdna3.mfma(q_pe, k_pe, s)
+        s = gl.amd.cdna3.mfma(q_nope, k, s)
+        s = cdna.hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, S)
         p, alpha, m_i, l_i = cdna.softmax(s, m_i, l_i, qk_scale, CAUSAL)
+        v = async_copy.load_shared_relaxed(kv_smem.index(now), V)  # [BLOCK_N, LKV]
         p_smem.store(p.to(DTYPE))
-        alpha_smem.store(alpha)
+        row_smem.store(alpha)
         barrier()
-        acc *= alpha_smem.load(gl.SliceLayout(1, PV))[:, None]
-        acc = gl.amd.cdna3.mfma(p_smem.load(P), async_copy.load_shared_relaxed(kv_smem.index(now), V), acc)
+        acc *= row_smem.load(gl.SliceLayout(1, O))[:, None]
+        acc = gl.amd.cdna3.mfma(p_smem.load(P), v, acc)  # [BLOCK_M, LKV]
         now = 1 - now
     async_copy.wait_group(0)
 
-    alpha_smem.store(1.0 / gl.where(l_i > 0, l_i, 1.0))
-    acc *= alpha_smem.load(gl.SliceLayout(1, PV))[:, None]
-    cdna.store_out(out_ptr, acc, row, q_start, sq, split, stride_ot, stride_on, stride_os, N, BLOCK_M, PV)
-    cdna.store_sums(lse_ptr, m_i, l_i, row, q_start, sq, split, num_splits, N, SPLIT, BLOCK_M, ROWS)
+    row_smem.store(1.0 / gl.where(l_i > 0, l_i, 1.0))
+    acc *= row_smem.load(gl.SliceLayout(1, O))[:, None]
+    cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, O)
+    cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
