@@ -26,6 +26,9 @@ def cdna4_kernel(
     starts_ptr,  # [B+1] of a CSR table, else None
     lens_ptr,  # [B], or None: page_size tokens each
     qo_indptr_ptr,  # [B+1], or None: max_seqlen_q tokens each
+    mask_ptr,  # None, as the scales: a call with one goes to `split`
+    q_scale_ptr,
+    k_scale_ptr,
     sm_scale,
     max_seqlen_q,
     page_size,
@@ -55,12 +58,12 @@ def cdna4_kernel(
     C: gl.constexpr = cdna.tile_layout(LKV, W)
     E: gl.constexpr = cdna.tile_layout(R, W)
     S: gl.constexpr = cdna.score_layout(4, BLOCK_M, W)
-    O: gl.constexpr = cdna.out_layout(4, W)
+    A: gl.constexpr = cdna.out_layout(4, W)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
     Q: gl.constexpr = gl.DotOperandLayout(0, S, WIDE)
     K: gl.constexpr = gl.DotOperandLayout(1, S, WIDE)
-    P: gl.constexpr = gl.DotOperandLayout(0, O, WIDE)
-    V: gl.constexpr = gl.DotOperandLayout(1, O, WIDE)
+    P: gl.constexpr = gl.DotOperandLayout(0, A, WIDE)
+    V: gl.constexpr = gl.DotOperandLayout(1, A, WIDE)
 
     block, keys = cdna.claim(
         starts_ptr,
@@ -76,13 +79,13 @@ def cdna4_kernel(
         BLOCK_M,
         BLOCK_N,
     )
-    lo, hi, kv_len, b, entry = keys
+    lo, hi, _, b, entry = keys
     m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=ROWS)
     l_i = gl.zeros([BLOCK_M], gl.float32, layout=ROWS)
-    acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=O)
+    acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=A)
     out_strides = (stride_ot, stride_on, stride_os)
     if hi <= lo:
-        cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, O)
+        cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
         cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
         return
     if PAGE_SIZE > 0:
@@ -136,12 +139,12 @@ def cdna4_kernel(
         p_smem.store(p.to(DTYPE))
         row_smem.store(alpha)
         barrier()
-        acc *= row_smem.load(gl.SliceLayout(1, O))[:, None]
+        acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
         acc = gl.amd.cdna3.mfma(p_smem.load(P), v, acc)  # [BLOCK_M, LKV]
         now = 1 - now
     async_copy.wait_group(0)
 
     row_smem.store(1.0 / gl.where(l_i > 0, l_i, 1.0))
-    acc *= row_smem.load(gl.SliceLayout(1, O))[:, None]
-    cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, O)
+    acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
+    cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
     cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
