@@ -32,12 +32,13 @@ CASES = [
         "8 heads, pages of 16": replace(MODEL, N=8, page_size=16),
         "12 heads, pages of 37": replace(MODEL, N=12, page_size=37, num_kv_splits=2),
         "80 heads, pages of 64": replace(MODEL, N=80, page_size=64),
-        "block table, int64": replace(
-            MODEL, paging="table", page_size=16, index_dtype=torch.int64, N=24
-        ),
+        "block table": replace(MODEL, paging="table", page_size=16, N=24),
+        "int64 indices": replace(MODEL, index_dtype=torch.int64, queries=(1, 2, 1), N=80),
         "dense": replace(MODEL, paging="dense", N=32),
         "a page a sequence": replace(MODEL, paging="whole", lens=(65, 65), num_kv_splits=2),
-        "two buffers, fp16": replace(MODEL, fused=False, dtype=torch.float16, N=32),
+        "two buffers, fp16": replace(
+            MODEL, fused=False, dtype=torch.float16, N=32, num_kv_splits=2
+        ),
         "four query tokens": replace(MODEL, queries=4, N=16, lens=(33, 2, 70), num_kv_splits=2),
         "ragged query tokens": replace(MODEL, queries=(3, 4, 0, 1), lens=(33, 3, 0, 70), N=24),
         "two query tokens see all": replace(MODEL, queries=2, causal=False, N=8),

@@ -131,11 +131,14 @@ def load_query(ptr, block, stride_t, stride_n, N, BLOCK_M, WIDTH, LAYOUT: gl.con
 @gluon.jit
 def look_up(table_ptr, start, hi, PAGE_SIZE, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
     """`at` of the tile at `start`; keys past the end repeat the last."""
-    pos = gl.minimum(start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT)), hi - 1)
+    pos = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    pos = gl.minimum(pos, hi - 1).to(gl.uint32)  # unsigned: // and % are one instruction each
     if PAGE_SIZE == 0:
         entries = pos
     elif PAGE_SIZE == 1:
         entries = gl.load(table_ptr + pos)
+    elif PAGE_SIZE % BLOCK_N == 0:  # the tile lies in one page
+        entries = gl.load(table_ptr + gl.minimum(start, hi - 1) // PAGE_SIZE)
     else:
         entries = gl.load(table_ptr + pos // PAGE_SIZE)
     return pos, entries
