@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,9 @@ class Config:
     num_warps: int
     num_stages: int = 1
     kernel: str = "portable"  # or "cdna3", "cdna4"
-    resident: int = 1  # programs a compute unit holds at once
+    per_unit: int = 1  # programs a compute unit holds at once
+    stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
+    combine: float = 1 / 60  # tile-times of a program's partials, written and read back
     reload_v: bool = False  # load the K_c tile a second time as V
     options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
 
@@ -28,7 +30,7 @@ _FUSED = (("enable_fp_fusion", True),)
 # AMD: 16×16 MFMA, with packed K loads before CDNA4, as every MI300 MLA kernel in the field has it.
 _CDNA3 = (("matrix_instr_nonkdim", 16), ("kpack", 2))
 _CDNA4 = (("matrix_instr_nonkdim", 16),)
-# LLVM's default scheduler costs 6 % on gfx942 and 50 % on gfx950 (4 waves). Takes Triton 3.8.
+# LLVM's default scheduler takes 1 % longer on gfx942, twice as long on gfx950. From Triton 3.8 on.
 _ILP = (*_FUSED, ("llvm_fn_attrs", "amdgpu-sched-strategy=iterative-ilp"))
 
 # Configs of an arch by the most rows each suits, in rising order; the last takes all that is left.
@@ -64,29 +66,40 @@ HALF: dict[str, tuple[Config, ...]] = {
     ),
 }
 
-# Gluon kernels, all of them from the timing model. 32 rows in 32 × 16 tiles were no better than half
-# of the 64; 128 spill.
-_GLUON_GFX942 = Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_FUSED)
+# Gluon kernels; clocks of a tile in the same model. 32 rows took as long as 64, 128 spill. Those of
+# 16 rows wait for HBM.
+_CDNA3_16 = Config(
+    block_m=16,
+    block_n=16,
+    num_warps=2,
+    kernel="cdna3",
+    per_unit=2,
+    stream=1 / 580,
+    combine=1 / 160,
+    options=_FUSED,
+)
+_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 280)
 GLUON: dict[str, tuple[Config, ...]] = {
     "gfx942": (
-        # QK split over keys. 3.3 K clocks for three tiles at once; 32 keys of 4 waves 3.6 K for one.
-        Config(block_m=16, block_n=16, num_warps=2, kernel="cdna3", resident=3, options=_ILP),
-        # 4.87 K clocks a tile on any Triton; 4 waves 4.80 K here, but 20 spills on 3.6.
-        _GLUON_GFX942,
+        # 3.2 K clocks for three programs at once; 32 keys of 4 waves 3.6 K for one.
+        replace(_CDNA3_16, per_unit=3, options=_ILP),
+        # 4.9 K; 8 waves 4.9-5.1 K. The next tile loaded after PV instead of before the softmax 5.2 K.
+        Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_ILP),
     ),
     "gfx942-3.7": (
-        Config(block_m=16, block_n=16, num_warps=2, kernel="cdna3", resident=2, options=_FUSED),
-        _GLUON_GFX942,
+        _CDNA3_16,
+        # 5.1 K; 4 waves spill 20 registers.
+        Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_FUSED),
     ),
     "gfx950": (
-        # Bound by HBM; two resident programs hide each other's latency better than 64 keys in one.
-        Config(block_m=16, block_n=32, num_warps=2, kernel="cdna4", resident=2, options=_ILP),
-        # 64 keys, twice, are 158 of 160 KB LDS. 5.2 K clocks a tile; 8 waves 5.7 K.
+        # Two of these fit a unit; 64 keys of 4 waves fit once and are a quarter slower.
+        replace(_CDNA4_16, options=_ILP),
+        # 5.2 K; 8 waves 5.7 K. Two tiles are 158 of 160 KB LDS.
         Config(block_m=64, block_n=64, num_warps=4, kernel="cdna4", options=_ILP),
     ),
     "gfx950-3.7": (
-        Config(block_m=16, block_n=32, num_warps=2, kernel="cdna4", resident=2, options=_FUSED),
-        # 4 waves move accumulators between register files: 10.0 K clocks against 6.1 K.
+        _CDNA4_16,
+        # 6.1 K; 4 waves move accumulators between register files: 10.0 K.
         Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_FUSED),
     ),
 }
@@ -170,21 +183,23 @@ def combine_blocks(splits: int, Lkv: int) -> tuple[int, int]:
 # In units of the time one tile takes (4.7 µs on an H200 at 64 rows × 64 keys).
 PROLOGUE = 2.0  # a program's launch, query load and epilogue
 COMBINE = 1.0  # launch of the second kernel
-COMBINE_PER_PROGRAM = 1 / 60  # its traffic: 256 KB written and read back per program
 
 
 @lru_cache(maxsize=4096)
-def num_splits(programs: int, tiles: int, units: int) -> int:
-    """KV splits for `programs` = B × row blocks of `tiles` tiles each, on `units` compute units.
+def num_splits(
+    programs: int, tiles: int, units: int, stream: float = 0.0, combine: float = 1 / 60
+) -> int:
+    """KV splits for `programs` = B × row blocks of `tiles` tiles each, `units` of them at a time.
 
-    The fewest splits that minimise the waves of programs times what each program does.
+    The fewest splits that minimise the waves of programs times what each program does, or what
+    HBM needs to deliver the tiles. `stream` and `combine` as in Config.
     """
     best, best_cost = 1, float("inf")
     for splits in range(1, max(1, min(tiles, MAX_SPLITS // 2)) + 1):
         waves = -(-programs * splits // units)
-        cost = waves * (-(-tiles // splits) + PROLOGUE)
+        cost = max(waves * (-(-tiles // splits) + PROLOGUE), programs * tiles * stream)
         if splits > 1:
-            cost += COMBINE + COMBINE_PER_PROGRAM * programs * splits
+            cost += COMBINE + combine * programs * splits
         if cost < best_cost * (1 - 1e-9):
             best, best_cost = splits, cost
     return best

@@ -197,7 +197,8 @@ def make_plan(
     row_blocks = -(-dims.Sq * dims.N // config.block_m)
     if splits is None:
         tiles = -(-cache.typical_len // config.block_n)
-        splits = num_splits(dims.B * row_blocks, tiles, units * config.resident)
+        at_once = units * config.per_unit
+        splits = num_splits(dims.B * row_blocks, tiles, at_once, config.stream, config.combine)
     grid = (row_blocks * splits * dims.B, 1, 1)
     if splits == 1:
         return Plan(_split(call, config, grid, 1, (*out_strides[:2], 0)), None, 0, 0)
