@@ -10,7 +10,7 @@ order, by renaming registers alone, when it is stored.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mla_compile.kernels import cdna
+import mla_compile.kernels.cdna as cdna
 from mla_compile.kernels.cdna import LKV, LOG2E, WIDE, R
 
 DEEP: gl.constexpr = gl.constexpr(4)  # keys of a lane in one matrix instruction

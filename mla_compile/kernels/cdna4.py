@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd.cdna4 import async_copy
 
-from mla_compile.kernels import cdna
+import mla_compile.kernels.cdna as cdna
 from mla_compile.kernels.cdna import LKV, LOG2E, WIDE, R
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the second name

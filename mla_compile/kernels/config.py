@@ -124,8 +124,9 @@ def uncovered(*, Lkv: int, R: int, q_bytes: int, kv_bytes: int, rare: str) -> st
     if rare:
         return rare
     if (Lkv, R) != (512, 64):
-        return f"dims {Lkv} + {R}, not 512 + 64"
-    return "" if (q_bytes, kv_bytes) == (2, 2) else "elements of other than two bytes"
+        return f"dims {Lkv} + {R}"
+    other = next((size for size in (q_bytes, kv_bytes) if size != 2), 0)
+    return f"elements of {other} byte{'s' * (other > 1)}" if other else ""
 
 
 def choose(
