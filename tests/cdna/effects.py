@@ -44,6 +44,8 @@ def effects(i: Instruction) -> Effects:
         results = 2 if TWO_RESULTS.match(name) else 1
     kept = atomic and results and name.startswith("buffer")  # one operand is data and result
     reads = {r for o in operands[0 if kept else results :] for r in o.regs}
+    if name.startswith("v_pk_") and name.endswith(("_f32", "_b32")):
+        reads = _packed_reads(i)
     writes = {r for o in operands[:results] for r in o.regs}
     if SWAPS.match(name):
         reads = writes = {r for o in operands[:2] for r in o.regs}
@@ -63,6 +65,16 @@ def effects(i: Instruction) -> Effects:
         _counter(name),
         to_lds,
     )
+
+
+def _packed_reads(i: Instruction) -> set[int]:
+    """Of a pair only the halves that are selected."""
+    sources = i.operands[1:]
+    low = i.numbers("op_sel", (0,) * len(sources))
+    high = i.numbers("op_sel_hi", (1,) * len(sources))
+    if i.mnemonic == "v_pk_mov_b32":
+        return {o.regs[low[k]] for k, o in enumerate(sources) if o.regs}
+    return {o.regs[min(h, o.count - 1)] for k, o in enumerate(sources) if o.regs for h in (low[k], high[k])}
 
 
 def _writes_part(i: Instruction) -> bool:
