@@ -74,7 +74,8 @@ def _packed_reads(i: Instruction) -> set[int]:
     high = i.numbers("op_sel_hi", (1,) * len(sources))
     if i.mnemonic == "v_pk_mov_b32":
         return {o.regs[low[k]] for k, o in enumerate(sources) if o.regs}
-    return {o.regs[min(h, o.count - 1)] for k, o in enumerate(sources) if o.regs for h in (low[k], high[k])}
+    chosen = [(o, half) for k, o in enumerate(sources) if o.regs for half in (low[k], high[k])]
+    return {o.regs[min(half, o.count - 1)] for o, half in chosen}
 
 
 def _writes_part(i: Instruction) -> bool:
