@@ -243,7 +243,7 @@ class Machine:
                     raise NotWaited(f"{_name(reg)} waits for a load ({name}) that no wait retired")
 
     def _check_blank(self, e: Effects) -> None:
-        for reg in self.blank & (e.reads - e.merges):
+        for reg in self.blank & (e.reads - e.merges - e.unneeded):
             if not self.written[reg, self.at].all():
                 raise Uninitialised(f"{_name(reg)} was never written")
         for reg in self.blank & e.writes:

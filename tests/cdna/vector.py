@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.cdna import lanes, packed
 from tests.cdna.asm import VCC, Instruction, Operand, Unknown
-from tests.cdna.formats import Array, f32, halves, i32, i64, lanes_of, mask_of, u32, u64
+from tests.cdna.formats import Array, f32, halves, i32, i64, lanes_of, mask_of, to_f16, u32, u64
 from tests.cdna.functions import ACCUMULATES, COMPARES, TABLE, div_scale, fma
 from tests.cdna.machine import Machine, Step
 from tests.cdna.operands import KINDS, bits_of, operand_float, result, source, typed
@@ -150,6 +150,34 @@ def _bitop3(m: Machine, i: Instruction) -> Step:
     return step
 
 
+def _mixed(m: Machine, i: Instruction) -> Step:
+    """Sources are fp32, or fp16 where op_sel_hi says so; op_sel picks the half."""
+    narrow, upper = i.numbers("op_sel_hi", (0, 0, 0)), i.numbers("op_sel", (0, 0, 0))
+    sources = [_mixed_source(m, i.operands[at + 1], narrow[at], upper[at]) for at in range(3)]
+    target = i.operands[0].reg
+    assert target is not None
+    old = m.vector(target)
+
+    def step() -> None:
+        x = fma(*(s() for s in sources))
+        if i.mnemonic == "v_fma_mix_f32":
+            m.write(target, x.view(u32))
+        elif i.mnemonic == "v_fma_mixlo_f16":
+            m.write(target, old() & u32(0xFFFF0000) | to_f16(x))
+        else:
+            m.write(target, old() & u32(0xFFFF) | to_f16(x) << u32(16))
+
+    return step
+
+
+def _mixed_source(m: Machine, o: Operand, narrow: int, upper: int) -> Callable[[], Array]:
+    if not narrow:
+        return operand_float(m, o)
+    read, shift = bits_of(m, o, "h"), u32(16 * upper)
+    flip, clear = u32(o.neg << 15), u32(o.abs << 15)
+    return lambda: typed((read() >> shift & ~clear) ^ flip, "h")
+
+
 SPECIAL: dict[str, Callable[[Machine, Instruction], Step]] = {
     "v_cndmask_b32": _conditional,
     "v_mad_u64_u32": _multiply_add64,
@@ -157,5 +185,8 @@ SPECIAL: dict[str, Callable[[Machine, Instruction], Step]] = {
     "v_div_scale_f32": _div_scale,
     "v_div_fmas_f32": _div_fmas,
     "v_bitop3_b32": _bitop3,
+    "v_fma_mix_f32": _mixed,
+    "v_fma_mixlo_f16": _mixed,
+    "v_fma_mixhi_f16": _mixed,
     **lanes.SPECIAL,
 }
