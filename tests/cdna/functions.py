@@ -88,18 +88,15 @@ def div_fixup(quotient: Array, denominator: Array, numerator: Array) -> Array:
 
 
 def div_scale(x: Array, denominator: Array, numerator: Array) -> tuple[Array, Array]:
-    """x, one of the other two, kept clear of denormals; True where the quotient is to be scaled."""
+    """x, one of the other two, kept clear of denormals; True where div_fmas is to scale back."""
     tiny = f32(np.finfo(f32).tiny)
     exponent = [np.frexp(v)[1] for v in (numerator, denominator)]
-    inverse = np.abs(1.0 / denominator.astype(f64)) < tiny
     quotient = np.abs(numerator.astype(f64) / denominator) < tiny
     far = exponent[0] - exponent[1] >= 96
     cases = [
         ((denominator == 0) | (numerator == 0), f32(np.nan) * x, False),
         (far, np.where(x == denominator, np.ldexp(x, 64), x), True),
         (np.abs(denominator) < tiny, np.ldexp(x, 64), False),
-        (inverse & quotient, np.where(x == denominator, np.ldexp(x, 64), x), True),
-        (inverse, np.ldexp(x, -64), False),
         (quotient, np.where(x == numerator, np.ldexp(x, 64), x), True),
         (exponent[0] + 126 <= 23, np.ldexp(x, 64), False),
     ]

@@ -9,7 +9,19 @@ import numpy as np
 
 from tests.cdna import lanes, packed
 from tests.cdna.asm import VCC, Instruction, Operand, Unknown
-from tests.cdna.formats import Array, f32, halves, i32, i64, lanes_of, mask_of, to_f16, u32, u64
+from tests.cdna.formats import (
+    Array,
+    f32,
+    f64,
+    halves,
+    i32,
+    i64,
+    lanes_of,
+    mask_of,
+    to_f16,
+    u32,
+    u64,
+)
 from tests.cdna.functions import ACCUMULATES, COMPARES, TABLE, div_scale, fma
 from tests.cdna.machine import Machine, Step
 from tests.cdna.operands import KINDS, bits_of, operand_float, result, source, typed
@@ -120,8 +132,10 @@ def _div_fmas(m: Machine, i: Instruction) -> Step:
     vcc, write = m.scalar64(Operand("vcc", VCC, 2)), result(m, i, "f")
 
     def step() -> None:
-        value = fma(*(s() for s in sources))
-        write(np.where(lanes_of(vcc()), value * f32(2.0**32), value))
+        x, y, z = (s() for s in sources)
+        scale = np.where(np.frexp(z)[1] > 1, 2.0**64, 2.0**-64)
+        exact = x.astype(f64) * y + z
+        write((exact * np.where(lanes_of(vcc()), scale, 1.0)).astype(f32))
 
     return step
 
