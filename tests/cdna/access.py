@@ -253,7 +253,6 @@ def _move(m: Machine, i: Instruction, what: str, data: Operand | None, where: Ad
             retired = m.retired[1, wave]
             m.lds.depart(m.workgroup[wave], m.wave[wave], retired, flight.at, piece.size)
             m.flights.append(flight)
-            m.lds.flights = len(m.flights)
 
         return load_to_lds
     assert data.reg is not None

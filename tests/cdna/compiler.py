@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,12 +44,13 @@ class Binary:
 
 
 class Compiler:
-    """Keeps what it compiled, for the length of a test run."""
+    """Compiles each request once, in the order they come, while the caller does something else."""
 
     def __init__(self, cache: Path) -> None:
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONWARNINGS": "ignore"}
-        self.binaries: dict[Request, Binary] = {}
+        self.binaries: dict[Request, Future[Binary]] = {}
+        self.pool = ThreadPoolExecutor(max_workers=1)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.cdna.compiler"],
             stdin=subprocess.PIPE,
@@ -57,18 +59,22 @@ class Compiler:
             cwd=Path(__file__).parents[2],
         )
 
-    def compile(self, request: Request) -> Binary:
+    def submit(self, request: Request) -> Future[Binary]:
         if request not in self.binaries:
-            assert self.process.stdin and self.process.stdout
-            pickle.dump(request, self.process.stdin)
-            self.process.stdin.flush()
-            answer = pickle.load(self.process.stdout)
-            if isinstance(answer, str):
-                raise RuntimeError(f"Triton could not compile {request}:\n{answer}")
-            self.binaries[request] = answer
+            self.binaries[request] = self.pool.submit(self._ask, request)
         return self.binaries[request]
 
+    def _ask(self, request: Request) -> Binary:
+        assert self.process.stdin and self.process.stdout
+        pickle.dump(request, self.process.stdin)
+        self.process.stdin.flush()
+        answer: Binary | str = pickle.load(self.process.stdout)
+        if isinstance(answer, str):
+            raise RuntimeError(f"Triton could not compile {request}:\n{answer}")
+        return answer
+
     def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()

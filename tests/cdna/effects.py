@@ -20,8 +20,9 @@ SWAPS = re.compile(r"v_swap|v_permlane(16|32)_swap")
 ACCUMULATES = re.compile(r"v_(fmac|mac|dot2c)_|s_(addk|mulk)_|s_cmovk?_")
 # Bits of the old destination stay, but the rest does not depend on them.
 MERGES = re.compile(
-    r"v_writelane|v_cvt_(scalef32_)?pk_(fp8|bf8)_|(load|read)_.*d16|ds_read_u16_d16|s_bitset"
+    r"v_writelane|v_cvt_(scalef32_)?pk_(fp8|bf8)_|v_fma_mix(lo|hi)|(load|read)_.*d16|s_bitset"
 )
+MULTIPLY_ADD64 = ("v_mad_u64_u32", "v_mad_i64_i32")
 ATOMIC = re.compile(r"(global|flat|buffer)_atomic_")
 
 
@@ -30,6 +31,7 @@ class Effects:
     reads: frozenset[int]
     writes: frozenset[int]
     merges: frozenset[int]  # destinations of which a part stays as it was
+    unneeded: frozenset[int]  # sources that compilers leave undefined where only low bits matter
     counter: str  # "vm" vector memory, "lds", "smem", or "" where the result is there at once
     to_lds: bool  # a load that writes LDS instead of registers
 
@@ -62,6 +64,7 @@ def effects(i: Instruction) -> Effects:
         frozenset(reads),
         frozenset(writes),
         frozenset(writes) if merged else frozenset(),
+        frozenset({operands[4].regs[1]} if name in MULTIPLY_ADD64 and operands[4].regs else ()),
         _counter(name),
         to_lds,
     )
@@ -74,7 +77,8 @@ def _packed_reads(i: Instruction) -> set[int]:
     high = i.numbers("op_sel_hi", (1,) * len(sources))
     if i.mnemonic == "v_pk_mov_b32":
         return {o.regs[low[k]] for k, o in enumerate(sources) if o.regs}
-    return {o.regs[min(h, o.count - 1)] for k, o in enumerate(sources) if o.regs for h in (low[k], high[k])}
+    chosen = [(o, half) for k, o in enumerate(sources) if o.regs for half in (low[k], high[k])]
+    return {o.regs[min(half, o.count - 1)] for o, half in chosen}
 
 
 def _writes_part(i: Instruction) -> bool:

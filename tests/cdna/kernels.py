@@ -3,7 +3,9 @@ for it and run in the emulator."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,39 +20,40 @@ WRITTEN = ("out_ptr", "lse_ptr")  # every other pointer is read-only
 FORMATS = {"fp32": "f", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "i1": "?"}
 
 
+@dataclass
 class Emulated:
     """The kernel `function`, compiled for `arch`."""
 
-    executed: dict[Request, int] = {}  # noqa: RUF012  wave instructions by binary, of all instances
-
-    def __init__(self, compiler: Compiler, function: Any, arch: str, large: bool = False) -> None:
-        self.compiler, self.arch, self.large = compiler, arch, large
-        python = getattr(function, "fn", function)
-        self.name = python.__module__, python.__name__
-        self.parameters: list[str] = list(function.arg_names)
+    function: Any
+    arch: str
+    compiler: Compiler
+    large: bool = False  # as if every tensor were a view of a large storage
+    planned: list[Request] | None = None  # note what would be compiled, run nothing
+    runs: Counter[Request] = field(default_factory=Counter)  # wave instructions by binary
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **options: self.run(grid, arguments, options)
+        return lambda *arguments, **options: self._launch(grid, arguments, options)
 
-    def request(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Request:
-        described = tuple(self._describe(a) for a in arguments)
-        return Request(self.name, self.arch, described, tuple(options.items()))
+    def _launch(
+        self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        python = self.function.fn
+        described = tuple(map(self._describe, arguments))
+        name = python.__module__, python.__name__
+        request = Request(name, self.arch, described, tuple(options.items()))
+        binary = self.compiler.submit(request)
+        if self.planned is not None:
+            self.planned.append(request)
+            return
+        values = dict(zip(self.function.arg_names, arguments, strict=False)) | options
+        self.runs[request] += execute(binary.result(), self.arch, grid, values)
 
     def _describe(self, argument: Any) -> Any:
         if not isinstance(argument, Tensor):
             return argument
-        size = LARGE if self.large else argument.untyped_storage().nbytes()
+        large = self.large or argument.untyped_storage().nbytes() >= LARGE
         dtype = str(argument.dtype).removeprefix("torch.")
-        return Pointer(dtype, argument.data_ptr() % 16 == 0, min(size, LARGE) & LARGE)
-
-    def run(
-        self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        request = self.request(arguments, options)
-        binary = self.compiler.compile(request)
-        values = dict(zip(self.parameters, arguments, strict=False)) | options
-        run = execute(binary, self.arch, grid, values)
-        self.executed[request] = self.executed.get(request, 0) + run
+        return Pointer(dtype, argument.data_ptr() % 16 == 0, LARGE if large else 0)
 
 
 def execute(
@@ -78,4 +81,4 @@ def execute(
 
 
 def _bytes(storage: torch.UntypedStorage) -> np.ndarray[Any, Any]:
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()

@@ -1,4 +1,4 @@
-"""Vector instructions that move data between lanes, and the DPP modifier that does so in passing."""
+"""Vector instructions that move data between lanes, and DPP, which does so in passing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROW = LANE & ~15
 # Of a DPP control with its number: the lane each lane reads, and whether there is one.
 CONTROLS: dict[str, Callable[[int], tuple[Array, Array]]] = {
     "row_shl": lambda n: (LANE + n, (LANE & 15) + n < 16),
-    "row_shr": lambda n: (LANE - n, (LANE & 15) >= n),
+    "row_shr": lambda n: (LANE - n, n <= (LANE & 15)),
     "row_ror": lambda n: (ROW + ((LANE - n) & 15), LANE >= 0),
     "row_newbcast": lambda n: (ROW + n, LANE >= 0),
     "row_bcast": lambda n: (ROW - 1, LANE > 15) if n == 15 else (LANE * 0 + 31, LANE > 31),
@@ -122,16 +122,18 @@ def _permlane_swap(m: Machine, i: Instruction) -> Step:
     return step
 
 
+def _bits(m: Machine, o: Operand) -> Callable[[], Array]:
+    if o.reg is not None:
+        return m.vector(o.reg)
+    value = np.full((1, 1), constant(o) & 0xFFFFFFFF, u32)
+    return lambda: value
+
+
 def _count_below(m: Machine, i: Instruction) -> Step:
     """Set bits below this lane in one half of a mask, plus the second source."""
     target, first = _register(i.operands[0]), 32 if "_hi_" in i.mnemonic else 0
     below = np.array([(1 << min(max(lane - first, 0), 32)) - 1 for lane in range(64)], np.uint64)
-    sources = [
-        m.vector(o.reg)
-        if o.reg is not None
-        else (lambda v=np.full((1, 1), constant(o) & 0xFFFFFFFF, u32): v)
-        for o in i.operands[1:3]
-    ]
+    sources = [_bits(m, o) for o in i.operands[1:3]]
 
     def step() -> None:
         count = np.bitwise_count(sources[0]() & below.astype(u32)).astype(u32)

@@ -43,6 +43,7 @@ Argument = Buffer | tuple[str, float]  # a tuple is a struct format and a value
 @dataclass(frozen=True)
 class Run:
     executed: Counter[str]  # wave instructions by mnemonic
+    unwritten: int  # LDS units that were read and that nobody had written
 
     @property
     def wave_instructions(self) -> int:
@@ -69,7 +70,7 @@ def launch(
     workgroups = int(np.prod(grid))
     rows = max(kernel.resources.vgprs, 1)
     batch = max(1, BATCH // (rows * waves * 256))
-    executed = Counter[str]()
+    executed, unwritten = Counter[str](), 0
     modules = [scalar, vector, matrix, access]
     for first in range(0, workgroups, batch):
         ids = np.arange(first, min(first + batch, workgroups))
@@ -77,7 +78,8 @@ def launch(
         _start(machine, kernel, packed, kernarg, grid, ids)
         machine.run()
         executed += machine.executed
-    return Run(executed)
+        unwritten += machine.lds.unwritten
+    return Run(executed, unwritten)
 
 
 def _pack(kernel: Kernel, memory: GlobalMemory, arguments: Sequence[Argument]) -> Array:

@@ -82,7 +82,7 @@ class Machine:
         self.executed = Counter[str]()  # wave instructions by mnemonic
         self.group(np.ones(n, bool))
 
-    def define(self, reg: int, values: Array | None = None) -> None:
+    def define(self, reg: int, values: Array | np.generic | None = None) -> None:
         """Give a register its value at launch: [waves] of a scalar, [waves, 64] of a vector."""
         if values is not None and reg < SGPR:
             self.V[self.row(reg)] = values
@@ -110,7 +110,7 @@ class Machine:
             raise Fault(f"register {reg} is beyond what the kernel's descriptor allocates")
         return row
 
-    def vector(self, reg: int, flip: int = 0, clear: int = 0) -> Callable[[], Array]:
+    def vector(self, reg: int) -> Callable[[], Array]:
         """Bits of a register as uint32 [waves, 64], or [waves, 1] of a scalar."""
         if reg >= SGPR:
             scalar = self.scalar(reg)
@@ -243,7 +243,7 @@ class Machine:
                     raise NotWaited(f"{_name(reg)} waits for a load ({name}) that no wait retired")
 
     def _check_blank(self, e: Effects) -> None:
-        for reg in self.blank & (e.reads - e.merges):
+        for reg in self.blank & (e.reads - e.merges - e.unneeded):
             if not self.written[reg, self.at].all():
                 raise Uninitialised(f"{_name(reg)} was never written")
         for reg in self.blank & e.writes:
@@ -291,7 +291,6 @@ class Machine:
                 left = flight.wave[stay], flight.ticket[stay], flight.at[stay], words
                 aloft.append(Flight(*left, flight.size))
         self.flights = aloft
-        self.lds.flights = len(aloft)
 
 
 def constant(o: Operand) -> int:

@@ -54,7 +54,7 @@ def _matrix(m: Machine, o: Operand, fmt: str, M: int, K: int) -> Callable[[], Ar
     source, per = m.V[first : first + o.count], 32 // BITS[fmt]
     if o.count * per * groups != K:
         raise Unknown(f"{o.text} does not hold {K // groups} elements of {fmt}")
-    decode = {
+    decode: Callable[[Array], Array] = {
         "bf16": from_bf16,
         "f16": from_f16,
         "f32": lambda x: x.view(f32),

@@ -10,6 +10,7 @@ from tests.cdna.formats import Array, i64, u32, u64
 
 GUARD = 1 << 20  # bytes of nothing between two segments
 BASE = 0x7E00_0000_0000
+FLYING = 1 << 62  # the writer of LDS that a direct-to-LDS load is on its way to
 POISON = u32(0x7FC07FC0)  # NaN as fp32, as a pair of bf16, and no address of anything
 
 
@@ -106,7 +107,8 @@ class GlobalMemory:
 
 
 class Lds:
-    """The LDS of all workgroups of a batch.
+    """The LDS of all workgroups of a batch. What nobody wrote is POISON, and may be read: software
+    pipelines read past the last tile and drop the result.
 
     Two accesses to a unit by different waves, of which one writes, are ordered if the earlier one
     was retired by its wave (s_waitcnt) before a barrier that came between. Per unit stand the last
@@ -123,8 +125,8 @@ class Lds:
         self.writer = np.full((workgroups, units), -1, i64)  # ticket, then wave (+ waves: landing)
         self.reads = np.zeros((workgroups, waves, units), np.int32)
         self.ordered = np.zeros((workgroups, 2 * waves), i64)  # tickets, then landings
-        self.flying = np.zeros((workgroups, units), bool)  # a direct-to-LDS load is on its way
-        self.flights = 0
+        self.unwritten = 0  # units read that nobody wrote
+        self.last_write, self.last_read = np.zeros((2, workgroups, 2 * waves), i64)
 
     def check(self, at: Array, size: int) -> None:
         if at.size and (at.min() < 0 or at.max() + size > self.size):
@@ -135,11 +137,10 @@ class Lds:
         self.check(at, size)
         for word in self._units(at, size):
             writer = self.writer[group, word]
-            if writer.min(initial=0) < 0:
-                first = int(word[writer < 0][0]) * self.unit
-                raise Uninitialised(f"LDS at {first} was never written")
+            self.unwritten += int((writer < 0).sum())
             self._ordered_writer(group, wave, word, writer)
             self.reads[group, wave, word] = ticket
+        self.last_read[group, wave] = ticket
         if size % 4 == 0 and not (at & 3).any():
             return [self.data[group, (at >> 2) + i] for i in range(size // 4)]
         words = [np.zeros(at.shape, u32) for _ in range(-(-size // 4))]
@@ -155,6 +156,7 @@ class Lds:
             self._ordered_writer(group, wave, word, self.writer[group, word])
             self._ordered_readers(group, wave, word)
             self.writer[group, word] = (ticket << self.bits) + wave
+        self.last_write[group, wave] = ticket
         self._put(group, at, words, size)
 
     def depart(self, group: Array, wave: Array, retired: Array, at: Array, size: int) -> None:
@@ -169,14 +171,14 @@ class Lds:
                 self.reads[group, wave, word] > retired
             ).any():
                 raise NotWaited("a direct-to-LDS load over LDS accesses that may still be going on")
-            self.flying[group, word] = True
+            self.writer[group, word] = FLYING
 
     def land(
         self, group: Array, wave: Array, landing: Array, at: Array, words: list[Array], size: int
     ) -> None:
         for word in self._units(at, size):
-            self.flying[group, word] = False
             self.writer[group, word] = (landing << self.bits) + wave + self.waves
+        self.last_write[group, wave + self.waves] = landing
         self._put(group, at, words, size)
 
     def barrier(self, groups: Array, retired: Array, landed: Array) -> None:
@@ -194,8 +196,10 @@ class Lds:
                 self.octets[group, at + b] = octet.astype(np.uint8)
 
     def _ordered_writer(self, group: Array, wave: Array, word: Array, writer: Array) -> None:
-        if self.flights and self.flying[group, word].any():
+        if writer.max(initial=0) == FLYING:
             raise NotWaited("LDS words that a direct-to-LDS load has not written yet")
+        if (self.last_write <= self.ordered).all():
+            return
         who = writer & (2 * self.waves - 1)
         bad = writer >> self.bits > self.ordered[group, who]
         bad &= who & (self.waves - 1) != wave
@@ -203,7 +207,7 @@ class Lds:
             self._race("wrote", who[bad][0] & (self.waves - 1), wave[bad][0], word[bad][0])
 
     def _ordered_readers(self, group: Array, wave: Array, word: Array) -> None:
-        for other in range(self.waves):
+        for other in np.flatnonzero((self.last_read > self.ordered).any(0)).tolist():
             late = self.reads[group, other, word] > self.ordered[group, other]
             bad = late & (wave != other)
             if bad.any():

@@ -57,7 +57,8 @@ def field(x: Array, at: Array, width: Array) -> Array:
     size = np.minimum(width, 8 * x.itemsize - 1).astype(x.dtype)
     mask = (x.dtype.type(1) << size) - x.dtype.type(1)
     mask = np.where(width >= 8 * x.itemsize, ~x.dtype.type(0), mask)
-    return (x >> at.astype(x.dtype)) & mask
+    bits: Array = (x >> at.astype(x.dtype)) & mask
+    return bits
 
 
 def signed_field(x: Array, at: Array, width: Array) -> Array:
