@@ -4,7 +4,7 @@ GPU and run in the emulator, against naive PyTorch in float64."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,7 @@ from mla_compile.kernels.combine import combine_kernel
 from mla_compile.kernels.config import GLUON, tuned_arch, workspace_numel
 from mla_compile.validate import validate
 from tests.cases import Case, Problem, assert_right, build, outputs
-from tests.cdna.compiler import Compiler
+from tests.cdna.compiler import Compiler, Request
 from tests.cdna.kernels import Emulated
 
 UNITS = {"gfx942": 304, "gfx950": 256}
@@ -32,7 +32,9 @@ CASES = [
         "8 heads, pages of 16": replace(MODEL, N=8, page_size=16),
         "12 heads, pages of 37": replace(MODEL, N=12, page_size=37, num_kv_splits=2),
         "80 heads, pages of 64": replace(MODEL, N=80, page_size=64),
-        "block table": replace(MODEL, paging="table", page_size=16, N=24),
+        "block table, int64": replace(
+            MODEL, paging="table", page_size=64, index_dtype=torch.int64, N=24
+        ),
         "int64 indices": replace(MODEL, index_dtype=torch.int64, queries=(1, 2, 1), N=80),
         "dense": replace(MODEL, paging="dense", N=32),
         "a page a sequence": replace(MODEL, paging="whole", lens=(65, 65), num_kv_splits=2),
@@ -47,16 +49,12 @@ CASES = [
 
 
 class Stage(Emulated):
+    __hash__ = object.__hash__
+
     @property
     def arg_names(self) -> list[str]:
-        return self.parameters
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
-    compiler = Compiler(tmp_path_factory.mktemp("triton"))
-    yield compiler
-    compiler.close()
+        names: list[str] = self.function.arg_names
+        return names
 
 
 @lru_cache
@@ -68,19 +66,23 @@ def problem_of(case: Case) -> Problem:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("arch", UNITS)
 def test_gluon_kernel_is_right(
-    arch: str, case: Case, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+    arch: str,
+    case: Case,
+    compiler: Compiler,
+    runs: Counter[Request],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     key = tuned_arch(arch, triton.__version__)
     launched = []
 
     def stage1(name: str) -> Any:
         launched.append(name)
-        return Stage(compiler, real(name), arch)
+        return Stage(real(name), arch, compiler, runs=runs)
 
     real = decode._stage1
     monkeypatch.setattr(decode, "_stage1", stage1)
     monkeypatch.setattr(decode, "_device", lambda _: (key, UNITS[arch]))
-    monkeypatch.setattr(decode, "combine_kernel", Stage(compiler, combine_kernel, arch))
+    monkeypatch.setattr(decode, "combine_kernel", Stage(combine_kernel, arch, compiler, runs=runs))
 
     problem = problem_of(case)
     out, lse = outputs(problem)
