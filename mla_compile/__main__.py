@@ -1,21 +1,26 @@
-"""`python -m mla_compile demo`: see mla_compile/demo.py."""
+"""`python -m mla_compile demo` and `selftest`: see the modules of these names."""
 
 import argparse
+import sys
 from importlib.util import find_spec
+
+from mla_compile import selftest
 
 
 def main() -> int:
-    if find_spec("transformers") is None:
-        raise SystemExit("the demo needs transformers: pip install -e '.[demo]'")
-    from mla_compile.demo import __doc__ as description
-    from mla_compile.demo import add_arguments
-    from mla_compile.demo import main as run
-
     parser = argparse.ArgumentParser(prog="python -m mla_compile")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("demo", description=description)
-    add_arguments(command)
-    command.set_defaults(run=run)
+    command = commands.add_parser("selftest", description=selftest.__doc__)
+    selftest.add_arguments(command)
+    command.set_defaults(run=selftest.main)
+    if find_spec("transformers") is not None:
+        from mla_compile import demo
+
+        command = commands.add_parser("demo", description=demo.__doc__)
+        demo.add_arguments(command)
+        command.set_defaults(run=demo.main)
+    elif "demo" in sys.argv[1:2]:
+        raise SystemExit("the demo needs transformers: pip install -e '.[demo]'")
     args = parser.parse_args()
     result: int = args.run(args)
     return result

@@ -174,6 +174,21 @@ def _device(device: torch.device) -> tuple[str, int]:
     return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
 
 
+def configure(call: Call) -> tuple[Config, str]:
+    """The config of a call on its device, and why."""
+    dims = call.dims
+    return choose(
+        _device(call.q_nope.device)[0],
+        rows=dims.Sq * dims.N,
+        Lkv=dims.Lkv,
+        R=dims.R,
+        q_bytes=call.q_nope.element_size(),
+        kv_bytes=call.cache.kv_c.element_size(),
+        rare=_rare(call),
+        pinned=os.environ.get("MLA_COMPILE_KERNEL"),
+    )
+
+
 def make_plan(
     call: Call,
     out_strides: tuple[int, ...],
@@ -182,18 +197,9 @@ def make_plan(
     config: Config | None = None,
 ) -> Plan:
     dims, cache = call.dims, call.cache
-    arch, units = _device(call.q_nope.device)
+    _, units = _device(call.q_nope.device)
     if config is None:
-        config, _ = choose(
-            arch,
-            rows=dims.Sq * dims.N,
-            Lkv=dims.Lkv,
-            R=dims.R,
-            q_bytes=call.q_nope.element_size(),
-            kv_bytes=cache.kv_c.element_size(),
-            rare=_rare(call),
-            pinned=os.environ.get("MLA_COMPILE_KERNEL"),
-        )
+        config, _ = configure(call)
     row_blocks = -(-dims.Sq * dims.N // config.block_m)
     if splits is None:
         tiles = -(-cache.typical_len // config.block_n)
