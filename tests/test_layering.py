@@ -17,7 +17,7 @@ kernels.config kernels.split kernels.combine
 kernels.cdna kernels.cdna3 kernels.cdna4 kernels.decode ops
 passes.graph passes.indexing passes.views passes.site passes.labels passes.softmax
 passes.normal_form passes.masks passes.recognise passes.absorb passes.rewrite passes.inductor
-backend report demo selftest __main__
+backend saving picture page report demo selftest __main__
 """
 SOURCES = sorted(
     [*PACKAGE.glob("*.py"), *PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("passes/*.py")]
