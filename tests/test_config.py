@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mla_compile import report
 from mla_compile.dims import Dims
+from mla_compile.kernels import decode
 from mla_compile.kernels.config import (
     FALLBACK,
     FULL,
@@ -105,6 +109,28 @@ def test_a_kernel_that_cannot_serve_is_not_pinned(
 
 def test_an_fp8_cache_under_bf16_picks_as_bf16_does() -> None:
     assert pick("sm90", rows=64, Lkv=512, q_bytes=2, kv_bytes=1) == HALF["sm90"][1]
+
+
+@pytest.mark.parametrize(
+    ("masks", "pin", "expected"),
+    [
+        ((), "", "cdna4, 64 rows × 64 keys: the table of gfx950"),
+        ((), "portable", "portable, 64 rows × 32 keys: pinned"),
+        (("mask",), "", "portable, 64 rows × 32 keys: cdna4 lacks attn_mask"),
+    ],
+)
+def test_explain_says_which_kernel_a_gpu_runs_and_why(
+    masks: tuple[str, ...], pin: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_device", lambda _: ("gfx950", 256))
+    monkeypatch.setenv("MLA_COMPILE_KERNEL", pin)
+    value = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
+    site = SimpleNamespace(
+        latent=SimpleNamespace(key=SimpleNamespace(node=SimpleNamespace(meta={"val": value}))),
+        dims={"Sq": 1, "N": 128, "Lkv": 512, "R": 64},
+        masks=masks,
+    )
+    assert report.kernel(site) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("table", [*HALF.values(), *FULL.values(), *GLUON.values(), FALLBACK])

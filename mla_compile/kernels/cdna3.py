@@ -1,10 +1,10 @@
 """Stage 1 for CDNA3 (gfx942): one LDS tile is K and V, and V is transposed in registers.
 
 LDS has room for one tile of 64 + 512 columns; the next waits in registers. Q · Kᵀ reads it as it
-lies. P · V wants it transposed, which LDS here can give only two bytes at a time. So each lane reads
-16 bytes of each of 4 keys, and takes what it then holds for the operand of 8 matrix instructions:
-their columns are 8 apart in V. The columns of the accumulator are permuted likewise, and are put in
-order, by renaming registers alone, when it is stored.
+lies. P · V wants it transposed, which LDS here can give only two bytes at a time. So each lane
+reads 16 bytes of each of 4 keys, and takes what it then holds for the operand of 8 matrix
+instructions: their columns are 8 apart in V. The columns of the accumulator are permuted likewise,
+and are put in order, by renaming registers alone, when it is stored.
 """
 
 from triton.experimental import gluon
@@ -19,7 +19,7 @@ MFMA: gl.constexpr = gl.constexpr(16)  # its columns
 
 @gluon.constexpr_function
 def value_layout(block_n, num_warps):
-    """[BLOCK_N, LKV] of V as read: which bit of key and column each register, lane and wave bit is."""
+    """[BLOCK_N, LKV] of V as read: the bit of key or column of each register, lane and wave bit."""
 
     def keys(first, end):
         return [[1 << i, 0] for i in range(first, end)]
