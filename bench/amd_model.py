@@ -34,7 +34,7 @@ from bench.common import RESULTS, provenance, table, write
 from bench.cu import GPUS, Gpu, Step, Traffic, clocks, resident, steps, watching
 from mla_compile.kernels import decode
 from mla_compile.kernels.combine import combine_kernel
-from mla_compile.kernels.config import num_splits, tuned_arch
+from mla_compile.kernels.config import choose, num_splits, tuned_arch
 from mla_compile.validate import validate
 from tests.cases import Case, build, outputs
 from tests.cdna.asm import parse
@@ -210,7 +210,7 @@ def our_tiles(
     problem = build(Case("model", lens=(330,), N=N, Lkv=LKV, R=R, page_size=page))
     out, lse = outputs(problem)
     call = validate(*problem.args, **problem.options)
-    recorded = []
+    recorded: list[Recorded] = []
 
     def stage1(name: str) -> Recorded:
         recorded.append(Recorded(real(name), arch, compiler, large=True))
@@ -230,7 +230,7 @@ def our_row(
 ) -> dict[str, Any]:
     gpu = GPUS[arch]
     with on(arch, pinned):
-        config, _ = decode.choose(
+        config, _ = choose(
             tuned_arch(arch, triton.__version__),
             rows=shape.N,
             Lkv=LKV,

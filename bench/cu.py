@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 
+from tests.cdna import access
 from tests.cdna import launch as emulator
 from tests.cdna.asm import SGPR, Instruction, Kernel
 from tests.cdna.effects import effects
@@ -69,7 +70,7 @@ class _Observer:
     """The emulator's memory semantics, watched."""
 
     def __init__(self, traffic: Traffic) -> None:
-        self.traffic, self.real, self.watched = traffic, emulator.access, False
+        self.traffic = traffic
         self.at = -1
         self.index: dict[int, int] = {}
 
@@ -77,7 +78,7 @@ class _Observer:
         if not self.index:
             self.index = {id(x): n for n, x in enumerate(m.kernel.instructions)}
             self._watch(m)
-        step = self.real.build(m, i)
+        step = access.build(m, i)
         if step is None:
             return None
         number = self.index[id(i)]

@@ -224,6 +224,13 @@ def test_the_plain_bf16_path_does_not_spill(compiled: list[dict[str, Any]]) -> N
         assert row["spilled"] == 0, row
 
 
+def test_no_gluon_kernel_spills(compiled: list[dict[str, Any]]) -> None:
+    gluon = [row for row in compiled if row["path"].startswith("cdna")]
+    assert len(gluon) == 2 * 2 * 2
+    for row in gluon:
+        assert row["spilled"] == 0 and row["matrix"] > 0, row
+
+
 def test_the_plain_bf16_path_uses_matrix_units(compiled: list[dict[str, Any]]) -> None:
     for row in compiled:
         if row["path"] == "bf16":
