@@ -91,7 +91,7 @@ class Report:
 
     def title(self) -> str:
         if not self.graphs:
-            return "nothing was compiled: there is no torch.compile by Inductor in what ran"
+            return "nothing was compiled: wrap the model in torch.compile, or pass it to explain()"
         counts = f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"
         return f"{counts}, {self.graphs} graph(s), {len(self.breaks)} graph break(s)"
 
