@@ -69,12 +69,43 @@ def claim(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """This program's block and keys; hi <= lo where there is nothing to attend to."""
+    """This program's block and keys."""
     # Programs are dealt to the XCDs in turn; what shares keys is to share an L2.
     pid = gl.program_id(0)
     xcd = pid % XCDS
     pid = xcd * (num_programs // XCDS) + gl.minimum(xcd, num_programs % XCDS) + pid // XCDS
+    return item(
+        pid,
+        starts_ptr,
+        lens_ptr,
+        qo_indptr_ptr,
+        max_seqlen_q,
+        page_size,
+        num_splits,
+        N,
+        PAGE_SIZE,
+        CAUSAL,
+        BLOCK_M,
+        BLOCK_N,
+    )
 
+
+@gluon.jit
+def item(
+    pid,
+    starts_ptr,
+    lens_ptr,
+    qo_indptr_ptr,
+    max_seqlen_q,
+    page_size,
+    num_splits,
+    N: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """Block and keys number `pid`; hi <= lo where there is nothing to attend to."""
     row_blocks = gl.cdiv(max_seqlen_q * N, BLOCK_M)
     row = pid % row_blocks * BLOCK_M
     split = pid // row_blocks % num_splits
@@ -186,7 +217,7 @@ def store_out(ptr, out, block, strides, N, BLOCK_M, LAYOUT: gl.constexpr):
     token, head = rows_of(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     rows = (block[1] + token) * strides[0] + head.to(gl.int64) * strides[1]
     rows += block[3].to(gl.int64) * strides[2]
-    cols = gl.arange(0, LKV, layout=gl.SliceLayout(0, LAYOUT))
+    cols = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     mine = owned(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     gl.store(ptr + rows[:, None] + cols[None, :], out.to(ptr.dtype.element_ty), mask=mine[:, None])
 

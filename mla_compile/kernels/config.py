@@ -17,10 +17,11 @@ class Config:
     block_n: int  # keys of a tile
     num_warps: int
     num_stages: int = 1
-    kernel: str = "portable"  # or "cdna3", "cdna4"
+    kernel: str = "portable"  # or "cdna3", "cdna4", "sm90"
     per_unit: int = 1  # programs a compute unit holds at once
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
     combine: float = 1 / 60  # tile-times of a program's partials, written and read back
+    persistent: bool = False  # as many programs as units, each taking one item after another
     reload_v: bool = False  # load the K_c tile a second time as V
     options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
 
@@ -80,6 +81,7 @@ _CDNA3_16 = Config(
 )
 _CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 280)
 GLUON: dict[str, tuple[Config, ...]] = {
+    "sm90": (Config(block_m=64, block_n=64, num_warps=4, kernel="sm90", persistent=True),),
     "gfx942": (
         # 3.2 K clocks for three programs at once; 32 keys of 4 waves 3.6 K for one.
         replace(_CDNA3_16, per_unit=3, options=_ILP),
@@ -116,7 +118,7 @@ FALLBACK = (Config(block_m=16, block_n=16, num_warps=4, num_stages=1),)
 def tuned_arch(arch: str, triton_version: str) -> str:
     """The key of the tables above."""
     old = tuple(map(int, triton_version.split(".")[:2])) < (3, 8)
-    return f"{arch}-3.7" if arch in GLUON and old else arch
+    return f"{arch}-3.7" if f"{arch}-3.7" in GLUON and old else arch
 
 
 def uncovered(*, Lkv: int, R: int, q_bytes: int, kv_bytes: int, rare: str) -> str:
