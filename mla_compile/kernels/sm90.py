@@ -32,6 +32,8 @@ from mla_compile.kernels.cdna import LKV, LOG2E, R
 # Triton 3.6 has it by its first name alone.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
+import os
+EARLY: gl.constexpr = gl.constexpr(os.environ.get('EARLY','1')=='1')
 ROWS: gl.constexpr = gl.constexpr(64)  # of a block, what one wgmma has
 KEYS: gl.constexpr = gl.constexpr(64)  # of a tile
 HALF: gl.constexpr = gl.constexpr(256)  # columns of V of a warpgroup: 128 registers a thread
@@ -74,6 +76,13 @@ FADE_OPERANDS: gl.constexpr = gl.constexpr(
 def gather_layout():
     """[KEYS, columns] in pieces of 128 bytes, 16 a lane: what the swizzled tile has as one row."""
     return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _turn(g, COUNT: gl.constexpr):
+    """Which of COUNT buffers step g takes, and the phase of its barriers."""
+    g = g.to(gl.uint32)  # signed division by 2 costs registers
+    return (g % COUNT).to(gl.int32), (g // COUNT & 1).to(gl.int32)
 
 
 @gluon.jit
@@ -130,8 +139,8 @@ def _item(pid, work, N, PAGE_SIZE, CAUSAL):
 
 
 @gluon.jit
-def _rows(entries, start, hi, stride_p, stride_s, PAGE_SIZE, LAYOUT: gl.constexpr):
-    """Where the tile's keys lie, in elements."""
+def _keys_at(ptr, entries, start, hi, stride_p, stride_s, PAGE_SIZE, LAYOUT: gl.constexpr):
+    """[KEYS] pointers to the tile's keys."""
     pos = _positions(start, hi, LAYOUT)
     if PAGE_SIZE == 0:
         rows = pos.to(gl.int64) * stride_s
@@ -139,20 +148,21 @@ def _rows(entries, start, hi, stride_p, stride_s, PAGE_SIZE, LAYOUT: gl.constexp
         rows = entries.to(gl.int64) * stride_p
     else:
         rows = entries.to(gl.int64) * stride_p + (pos % PAGE_SIZE).to(gl.int64) * stride_s
-    return rows
+    return ptr + rows
 
 
 @gluon.jit
-def _copy(tile, ptr, rows, LAYOUT: gl.constexpr):
+def _copy(tile, rows, LAYOUT: gl.constexpr):
+    """From pointers to rows."""
     cols = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    copy(tile, ptr + rows[:, None] + cols[None, :])
+    copy(tile, rows[:, None] + cols[None, :])
 
 
 @gluon.jit
-def _fetch_left(kv_c_ptr, rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr):
-    s = g % LEFT
-    mbarrier.wait(left_empty.index(s), (g // LEFT & 1) ^ 1)
-    _copy(left.index(s), kv_c_ptr, rows, LAYOUT)
+def _fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr):
+    s, phase = _turn(g, LEFT)
+    mbarrier.wait(left_empty.index(s), phase ^ 1)
+    _copy(left.index(s), rows, LAYOUT)
     async_copy.mbarrier_arrive(left_full.index(s), increment_count=False)
 
 
@@ -174,6 +184,8 @@ def _gather(
     C: gl.constexpr = gather_layout()
     stride_cp, stride_cs, stride_kp, stride_ks, stride_table = strides
     left, right, last, rope = tiles
+    # In elements, 8 at a time. A second set of pointers does not fit into 24 registers.
+    apart = (k_pe_ptr.to(gl.int64) - kv_c_ptr.to(gl.int64)) // 16 * 8
     g = 0
     for pid in range(gl.program_id(0), work[6], gl.num_programs(0)):
         _, keys = _item(pid, work, N, PAGE_SIZE, CAUSAL)
@@ -186,33 +198,34 @@ def _gather(
             table += b * stride_table if work[0] is None else entry
         if lo < hi:
             entries = _entries(table, lo, hi, PAGE_SIZE, C)
-            rows = _rows(entries, lo, hi, stride_cp, stride_cs, PAGE_SIZE, C)
-            _fetch_left(kv_c, rows, left, full[0], empty[0], g, C)
+            rows = _keys_at(kv_c, entries, lo, hi, stride_cp, stride_cs, PAGE_SIZE, C)
+            _fetch_left(rows, left, full[0], empty[0], g, C)
             for start in range(lo, hi, KEYS):
-                s = g % RIGHT
-                phase = (g // RIGHT & 1) ^ 1
+                s, phase = _turn(g, RIGHT)
                 then = start + KEYS
                 entries_then = _entries(table, then, hi, PAGE_SIZE, C)
-                mbarrier.wait(empty[1].index(s), phase)
-                _copy(right.index(s), kv_c + HALF, rows, C)
+                mbarrier.wait(empty[1].index(s), phase ^ 1)
+                _copy(right.index(s), rows + HALF, C)
                 async_copy.mbarrier_arrive(full[1].index(s), increment_count=False)
-                mbarrier.wait(empty[2].index(s), phase)
-                _copy(last.index(s), kv_c + (HALF + PART), rows, C)
-                if not ALIKE:
-                    rows = _rows(entries, start, hi, stride_kp, stride_ks, PAGE_SIZE, C)
-                _copy(rope.index(s), k_pe, rows, C)
+                mbarrier.wait(empty[2].index(s), phase ^ 1)
+                _copy(last.index(s), rows + (HALF + PART), C)
+                if ALIKE:
+                    rows += apart
+                else:
+                    rows = _keys_at(k_pe, entries, start, hi, stride_kp, stride_ks, PAGE_SIZE, C)
+                _copy(rope.index(s), rows, C)
                 async_copy.mbarrier_arrive(full[2].index(s), increment_count=False)
                 entries = entries_then
-                rows = _rows(entries, then, hi, stride_cp, stride_cs, PAGE_SIZE, C)
+                rows = _keys_at(kv_c, entries, then, hi, stride_cp, stride_cs, PAGE_SIZE, C)
                 g += 1
                 if then < hi:
-                    _fetch_left(kv_c, rows, left, full[0], empty[0], g, C)
+                    _fetch_left(rows, left, full[0], empty[0], g, C)
 
 
 @gluon.jit
 def _score_left(acc, q, left, left_full, g):
-    s = g % LEFT
-    mbarrier.wait(left_full.index(s), g // LEFT & 1)
+    s, phase = _turn(g, LEFT)
+    mbarrier.wait(left_full.index(s), phase)
     fence_async_shared()
     k = left.index(s).permute((1, 0))
     return warpgroup_mma(q, k, acc, use_acc=False, is_async=True)
@@ -223,8 +236,7 @@ def _score_right(acc, q, tiles, full, g):
     q_right, q_last, q_pe = q
     _, right, last, rope = tiles
     _, right_full, last_full = full
-    s = g % RIGHT
-    phase = g // RIGHT & 1
+    s, phase = _turn(g, RIGHT)
     mbarrier.wait(right_full.index(s), phase)
     fence_async_shared()
     acc = warpgroup_mma(q_right, right.index(s).permute((1, 0)), acc, is_async=True)
@@ -290,8 +302,8 @@ def _scores(
             token, head = cdna.rows_of(block, N, ROWS, gl.SliceLayout(1, C))
             query = block[1] + token
             head = head.to(gl.int64)
-            _copy(q_smem, q_nope_ptr, query * stride_qt + head * stride_qn, C)
-            _copy(q_pe_smem, q_pe_ptr, query * stride_pt + head * stride_pn, C)
+            _copy(q_smem, q_nope_ptr + (query * stride_qt + head * stride_qn), C)
+            _copy(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C)
             async_copy.commit_group()
             q_right = cdna.load_query(
                 q_nope_ptr + HALF, block, stride_qt, stride_qn, N, ROWS, PART, Q
@@ -309,13 +321,22 @@ def _scores(
             acc = warpgroup_mma_wait(0, deps=[acc])
             end = lo + (hi - 1 - lo) // KEYS * KEYS  # where the last tile starts
             for start in range(lo, end, KEYS):
-                s = acc * qk_scale
-                acc = _score_left(acc, q_smem, tiles[0], full[0], g + 1)
-                if DIAGONAL:
-                    s = cdna.hide(s, start, block, keys, N, CAUSAL, ROWS, KEYS, S)
-                m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
-                acc = _score_right(acc, q, tiles, full, g + 1)
-                l_i += gl.sum(p, 1)
+                if EARLY:
+                    s = acc * qk_scale
+                    acc = _score_left(acc, q_smem, tiles[0], full[0], g + 1)
+                    if DIAGONAL:
+                        s = cdna.hide(s, start, block, keys, N, CAUSAL, ROWS, KEYS, S)
+                    m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
+                    acc = _score_right(acc, q, tiles, full, g + 1)
+                    l_i += gl.sum(p, 1)
+                else:
+                    s = acc * qk_scale
+                    if DIAGONAL:
+                        s = cdna.hide(s, start, block, keys, N, CAUSAL, ROWS, KEYS, S)
+                    m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
+                    l_i += gl.sum(p, 1)
+                    acc = _score_left(p, q_smem, tiles[0], full[0], g + 1)
+                    acc = _score_right(acc, q, tiles, full, g + 1)
                 g += 1
                 acc = warpgroup_mma_wait(0, deps=[acc])
             s = cdna.hide(acc * qk_scale, end, block, keys, N, DIAGONAL, ROWS, KEYS, S)
@@ -356,6 +377,7 @@ def _values(
     PAGE_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
+    WHOLE: gl.constexpr,  # both parts of V are one tile, released at once
 ):
     """Two accumulators of PART columns: those at out_ptr and the next."""
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
@@ -368,16 +390,19 @@ def _values(
         acc0 = gl.zeros([ROWS, PART], gl.float32, A)
         acc1 = gl.zeros([ROWS, PART], gl.float32, A)
         for _ in range(lo, hi, KEYS):
-            s = g % STAGES
+            s, _ = _turn(g, STAGES)
             mbarrier.wait(p_full, g & 1)
             fade = fade_smem.load(ROW)
             acc0 = _fade(acc0, fade)
             acc1 = _fade(acc1, fade)
             acc0 = warpgroup_mma(p_smem, _part(v[0], s, 0), acc0, is_async=True)
             acc1 = warpgroup_mma(p_smem, _part(v[1], s, 1), acc1, is_async=True)
-            acc0 = warpgroup_mma_wait(1, deps=[acc0])
-            mbarrier.arrive(v_empty[0].index(s), count=1)
-            acc1 = warpgroup_mma_wait(0, deps=[acc1])
+            if WHOLE:
+                acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
+            else:
+                acc0 = warpgroup_mma_wait(1, deps=[acc0])
+                mbarrier.arrive(v_empty[0].index(s), count=1)
+                acc1 = warpgroup_mma_wait(0, deps=[acc1])
             mbarrier.arrive(v_empty[1].index(s), count=1)
             mbarrier.arrive(p_empty, count=1)
             g += 1
@@ -452,7 +477,7 @@ def sm90_kernel(
     sum_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
 
     left_full = _barriers(LEFT, 128)  # each thread of `gather` arrives
-    left_empty = _barriers(LEFT, 2)  # once for each half of its columns
+    left_empty = _barriers(LEFT, 1)
     right_full = _barriers(RIGHT, 128)
     right_empty = _barriers(RIGHT, 1)
     last_full = _barriers(RIGHT, 128)
@@ -518,6 +543,7 @@ def sm90_kernel(
                     PAGE_SIZE,
                     CAUSAL,
                     LEFT,
+                    True,
                 ),
             ),
             (
@@ -538,6 +564,7 @@ def sm90_kernel(
                     PAGE_SIZE,
                     CAUSAL,
                     RIGHT,
+                    False,
                 ),
             ),
             (
