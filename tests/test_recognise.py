@@ -81,6 +81,23 @@ def test_mla_becomes_the_op(
         assert error(got, ideal) <= 2 * error(usual, ideal)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("spelling", POSITIVES, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_mla_becomes_the_op_on_a_gpu(
+    spelling: Callable[[Inputs], Tensor | tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> None:
+    wide, x = (inputs(Sq=2).to(t, "cuda") for t in (torch.float64, dtype))
+    compiled = Compiled(spelling)
+    with torch.device("cuda"):
+        exact, plain, result = spelling(wide), spelling(x), compiled(x)
+    assert compiled.misses == []
+    assert compiled.count(OP) == CALLS.get(spelling, 1)
+    for got, usual, ideal in zip(both(result), both(plain), both(exact), strict=True):
+        assert error(got, ideal) <= 2 * error(usual, ideal)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("spelling", PAGED, ids=lambda f: f.__name__)
 @torch.no_grad()
