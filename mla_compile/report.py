@@ -37,6 +37,7 @@ class Rewritten:
     mask: str
     scale: float  # the softmax scale, without factors already in the queries
     op: str
+    kernel: str  # of this machine's GPU, and why; '' on a CPU
     dims: dict[str, Any]  # by the names of DESIGN.md's symbol table; values may be symbolic
     saves: dict[str, str]
     before: str = field(repr=False)  # inline SVG
@@ -51,6 +52,7 @@ class Rewritten:
             "scale": f"{self.scale:.6g}",
             "sizes": ", ".join(f"{name}={size}" for name, size in self.dims.items()),
             "became": self.op,
+            "kernel": self.kernel,
             **self.saves,
         }
         return {k: v for k, v in rows.items() if v}
@@ -238,11 +240,32 @@ def rewritten(
         mask=site.mask,
         scale=site.latent.scale,
         op="mla_compile::mla_decode" + (" with W_UK and W_UV absorbed" if site.expanded else ""),
+        kernel=kernel(site),
         dims=site.dims,
         saves=saving(site.dims, site.expanded),
         before=svg(old, names),
         after=svg([*(after[name] for name in inputs), *new], names),
     )
+
+
+def kernel(site: MLASite) -> str:
+    value = site.latent.key.node.meta["val"]
+    if value.device.type != "cuda":
+        return ""
+    from mla_compile.kernels.decode import configure_for  # imports Triton
+
+    dims = site.dims
+    rows = dims["Sq"] * dims["N"]
+    config, why = configure_for(
+        value.device,
+        rows=rows if isinstance(rows, int) else 64,
+        Lkv=dims["Lkv"],
+        R=dims["R"],
+        q_bytes=value.element_size(),
+        kv_bytes=value.element_size(),
+        rare="attn_mask" if site.masks else "",
+    )
+    return f"{config.kernel}, {config.block_m} rows × {config.block_n} keys: {why}"
 
 
 def roles(site: MLASite) -> dict[str, str]:
