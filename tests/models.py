@@ -125,7 +125,7 @@ MODELS = {
     # A sink logit beside the scores; the model has no sdpa.
     "hy_v4": Model("HYV4ForCausalLM", SPARSE, refused=Reason.SOFTMAX, attentions=("eager",)),
     "kimi_linear": Model("KimiLinearForCausalLM", HYBRID | {"linear_num_heads": 2}, layers=1),
-    # Always has experts, in a loop of its own that breaks the graph; one expert, one break.
+    # Always has experts, in a loop that breaks the graph at each: here one, and one that is empty.
     "longcat_flash": Model(
         "LongcatFlashForCausalLM",
         {
@@ -133,8 +133,8 @@ MODELS = {
             "ffn_hidden_size": 96,
             "expert_ffn_hidden_size": 32,
             "n_routed_experts": 1,
-            "zero_expert_num": 0,
-            "moe_topk": 1,
+            "zero_expert_num": 1,
+            "moe_topk": 2,
         },
     ),
     "minicpm3": Model("MiniCPM3ForCausalLM"),
