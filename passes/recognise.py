@@ -27,7 +27,7 @@ from mla_compile.passes.indexing import (
 )
 from mla_compile.passes.labels import refined
 from mla_compile.passes.masks import check_masks, split_lengths
-from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
+from mla_compile.passes.normal_form import SCALINGS, Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
 from mla_compile.passes.site import (
     Mask,
@@ -273,8 +273,10 @@ def split_score(
         elif isinstance(factor, Leaf):
             masks.append(Mask(factor, scale=term.scale))
     if not contractions:
-        detail = f"the scores are {score[0].factors[0]}, no contraction of queries with a cache"
-        raise Refusal(Reason.SCORE, detail, attention.softmax)
+        leaf = score[0].factors[0]
+        scaled = isinstance(leaf, Leaf) and leaf.node.target in SCALINGS
+        detail = f"the scores are {leaf}, no contraction of queries with a cache times a number"
+        raise Refusal(Reason.SCALE if scaled else Reason.SCORE, detail, attention.softmax)
     return contractions, tuple(masks)
 
 

@@ -311,6 +311,8 @@ def consumer(weights: Node, beside: Collection[Node]) -> tuple[Node, frozenset[N
             return user, frozenset(path)
         if is_random(user) or any(is_random(a) for a in user.all_input_nodes):
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
+        if user.target is aten.div.Tensor and user.args[0] is node:
+            raise Refusal(Reason.SINKS, f"{node.name} is divided by more than its sum", user)
         if user.target not in CARRIERS:
             detail = f"the probabilities are used by {user.name} ({user.target})"
             raise Refusal(Reason.ESCAPE, detail, user)

@@ -17,7 +17,7 @@ kernels.config kernels.split kernels.combine kernels.decode ops
 passes.graph passes.indexing passes.views passes.site passes.labels passes.softmax
 passes.normal_form passes.masks passes.paging passes.recognise
 passes.absorb passes.rewrite passes.inductor
-backend report demo __main__
+backend saving picture page report demo __main__
 """
 SOURCES = sorted(
     [*PACKAGE.glob("*.py"), *PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("passes/*.py")]

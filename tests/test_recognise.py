@@ -11,7 +11,16 @@ from torch import Tensor
 from mla_compile.passes.site import Reason
 from tests.compiling import NAIVE, OP, Compiled
 from tests.negatives import NEGATIVES
-from tests.spellings import CALLS, POSITIVES, Inputs, inputs, paged
+from tests.spellings import (
+    CALLS,
+    POSITIVES,
+    SCALE,
+    Inputs,
+    absorbed_scores,
+    expand,
+    inputs,
+    paged,
+)
 
 # Decode and two tokens at once, the three types, static and dynamic sizes: each value of each with
 # each other at least once would be 12 cases; these four have every value with static and dynamic.
@@ -86,6 +95,46 @@ def test_not_mla_is_left_alone(spelling: Callable[[Inputs], object], reason: Rea
     compiled(x)
     assert [miss.reason for miss in compiled.misses] == [reason]
     assert compiled.count(OP) == 0
+
+
+@torch.no_grad()
+def test_expanded_keys_are_kept_for_an_attention_that_needs_them() -> None:
+    def two(x: Inputs) -> Tensor:
+        q, k, v = expand(x)
+        p = ((q @ k.mT) * SCALE).softmax(-1)
+        other = ((q.flip(1) @ k.mT) * SCALE).softmax(-1)
+        return p @ v + other @ v.sin()
+
+    compiled = Compiled(two)
+    compiled(inputs())
+    assert {miss.reason for miss in compiled.misses} == {Reason.ESCAPE, Reason.BETWEEN}
+    assert compiled.count(OP) == 0
+
+
+@torch.no_grad()
+def test_two_attentions_share_their_expanded_keys() -> None:
+    def two(x: Inputs) -> Tensor:
+        q, k, v = expand(x)
+        return sum(((r @ k.mT) * SCALE).softmax(-1) @ v for r in (q, q.sin()))
+
+    compiled = Compiled(two)
+    x = inputs()
+    torch.testing.assert_close(compiled(x), two(x))
+    assert compiled.misses == []
+    assert compiled.count(OP) == 2
+
+
+@torch.no_grad()
+def test_exponentials_that_no_sum_divides_are_no_attention() -> None:
+    def unnormalised(x: Inputs) -> Tensor:
+        s = absorbed_scores(x)
+        return torch.einsum(
+            "bsht,btc->bshc", (s - s.sin().logsumexp(-1, keepdim=True)).exp(), x.kv_c
+        )
+
+    compiled = Compiled(unnormalised)
+    compiled(inputs())
+    assert compiled.verdicts == []
 
 
 def test_a_training_graph_is_left_alone() -> None:
