@@ -123,7 +123,7 @@ MODELS = {
     ),
     "glm_moe_dsa": Model("GlmMoeDsaForCausalLM", SPARSE),
     # A sink logit beside the scores; the model has no sdpa.
-    "hy_v4": Model("HYV4ForCausalLM", SPARSE, refused=Reason.SOFTMAX, attentions=("eager",)),
+    "hy_v4": Model("HYV4ForCausalLM", SPARSE, refused=Reason.SINKS, attentions=("eager",)),
     "kimi_linear": Model("KimiLinearForCausalLM", HYBRID | {"linear_num_heads": 2}, layers=1),
     # Always has experts, in a loop that breaks the graph at each: here one, and one that is empty.
     "longcat_flash": Model(
