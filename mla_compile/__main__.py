@@ -1,4 +1,4 @@
-"""`python -m mla_compile demo` and `python -m mla_compile explain script.py`."""
+"""`python -m mla_compile demo`, `python -m mla_compile explain script.py`, `... selftest`."""
 
 import argparse
 from importlib.util import find_spec
@@ -36,7 +36,16 @@ def explain(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": demo, "explain": explain}
+def selftest(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+    from mla_compile.selftest import __doc__ as description
+    from mla_compile.selftest import add_arguments, main
+
+    parser.description = description
+    add_arguments(parser)
+    return main(parser.parse_args(arguments))
+
+
+COMMANDS = {"demo": demo, "explain": explain, "selftest": selftest}
 
 
 def main() -> int:

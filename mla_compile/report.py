@@ -36,6 +36,7 @@ class Rewritten:
     mask: str
     scale: float  # the softmax scale, without factors already in the queries
     op: str
+    kernel: str  # of this machine's GPU, and why; '' on a CPU
     dims: dict[str, Any]  # by the names of DESIGN.md's symbol table; values may be symbolic
     saves: dict[str, str]
     before: str = field(repr=False)  # inline SVG
@@ -50,6 +51,7 @@ class Rewritten:
             "scale": f"{self.scale:.6g}",
             "sizes": ", ".join(f"{name}={size}" for name, size in self.dims.items()),
             "became": self.op,
+            "kernel": self.kernel,
             **self.saves,
         }
         return {k: v for k, v in rows.items() if v}
@@ -89,7 +91,7 @@ class Report:
 
     def title(self) -> str:
         if not self.graphs:
-            return "nothing was compiled: there is no torch.compile by Inductor in what ran"
+            return "nothing was compiled: wrap the model in torch.compile, or pass it to explain()"
         counts = f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"
         return f"{counts}, {self.graphs} graph(s), {len(self.breaks)} graph break(s)"
 
@@ -237,11 +239,32 @@ def rewritten(
         mask=site.mask,
         scale=site.latent.scale,
         op="mla_compile::mla_decode" + (" with W_UK and W_UV absorbed" if site.expanded else ""),
+        kernel=kernel(site),
         dims=site.dims,
         saves=saving(site.dims, site.expanded),
         before=svg(old, names),
         after=svg([*(after[name] for name in inputs), *new], names),
     )
+
+
+def kernel(site: MLASite) -> str:
+    value = site.latent.key.node.meta["val"]
+    if value.device.type != "cuda":
+        return ""
+    from mla_compile.kernels.decode import configure_for  # imports Triton
+
+    dims = site.dims
+    rows = dims["Sq"] * dims["N"]
+    config, why = configure_for(
+        value.device,
+        rows=rows if isinstance(rows, int) else 64,
+        Lkv=dims["Lkv"],
+        R=dims["R"],
+        q_bytes=value.element_size(),
+        kv_bytes=value.element_size(),
+        rare="attn_mask" if site.masks else "",
+    )
+    return f"{config.kernel}, {config.block_m} rows × {config.block_n} keys: {why}"
 
 
 def roles(site: MLASite) -> dict[str, str]:

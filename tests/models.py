@@ -188,6 +188,7 @@ def decode(
     step: Callable[..., Any], lm: PreTrainedModel, cache: Cache, Sq: int = 1, **inputs: Any
 ) -> Tensor:
     """What `step` makes of Sq tokens after a prompt that the model itself put into the cache."""
-    lm(PROMPT, past_key_values=cache, use_cache=True)
-    result: Tensor = step(PROMPT[:, :Sq], past_key_values=cache, use_cache=True, **inputs)[0]
+    prompt = PROMPT.to(lm.device)
+    lm(prompt, past_key_values=cache, use_cache=True)
+    result: Tensor = step(prompt[:, :Sq], past_key_values=cache, use_cache=True, **inputs)[0]
     return result

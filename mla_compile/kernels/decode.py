@@ -7,6 +7,7 @@ decided once: whether it is valid, its `Plan`, and what Triton specialises its k
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,9 +22,9 @@ from mla_compile.kernels.combine import combine_kernel
 from mla_compile.kernels.config import (
     Config,
     ceil_pow2,
+    choose,
     combine_blocks,
     num_splits,
-    pick,
     tuned_arch,
     workspace_numel,
 )
@@ -80,6 +81,8 @@ class Plan:
         lse: Tensor,
         workspace: Tensor | None,
     ) -> None:
+        if not len(out):
+            return
         if self.combine is None:
             self.split(*inputs, out, lse, *optional)
             return
@@ -173,6 +176,25 @@ def _device(device: torch.device) -> tuple[str, int]:
     return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
 
 
+def configure(call: Call) -> tuple[Config, str]:
+    """The config of a call on its device, and why."""
+    dims = call.dims
+    return configure_for(
+        call.q_nope.device,
+        rows=dims.Sq * dims.N,
+        Lkv=dims.Lkv,
+        R=dims.R,
+        q_bytes=call.q_nope.element_size(),
+        kv_bytes=call.cache.kv_c.element_size(),
+        rare=_rare(call),
+    )
+
+
+def configure_for(device: torch.device, **shape: Any) -> tuple[Config, str]:
+    """As `config.choose`, on a device and under the pin of the environment."""
+    return choose(_device(device)[0], pinned=os.environ.get("MLA_COMPILE_KERNEL"), **shape)
+
+
 def make_plan(
     call: Call,
     out_strides: tuple[int, ...],
@@ -181,18 +203,14 @@ def make_plan(
     config: Config | None = None,
 ) -> Plan:
     dims, cache = call.dims, call.cache
-    arch, units = _device(call.q_nope.device)
+    _, units = _device(call.q_nope.device)
     if config is None:
-        config = pick(
-            arch,
-            rows=dims.Sq * dims.N,
-            Lkv=dims.Lkv,
-            q_bytes=call.q_nope.element_size(),
-            kv_bytes=cache.kv_c.element_size(),
-        )
+        config, _ = configure(call)
     row_blocks = -(-dims.Sq * dims.N // config.block_m)
     if splits is None:
-        splits = num_splits(dims.B * row_blocks, -(-cache.typical_len // config.block_n), units)
+        tiles = -(-cache.typical_len // config.block_n)
+        at_once = units * config.per_unit
+        splits = num_splits(dims.B * row_blocks, tiles, at_once, config.stream, config.combine)
     grid = (row_blocks * splits * dims.B, 1, 1)
     if splits == 1:
         return Plan(_split(call, config, grid, 1, (*out_strides[:2], 0)), None, 0, 0)
@@ -221,6 +239,35 @@ def make_plan(
     return Plan(_split(call, config, grid, splits, strides), combine, part_ml, needed)
 
 
+def _rare(call: Call) -> str:
+    """The first feature of a call that the Gluon kernels lack."""
+    inputs = (call.q_nope, call.q_pe, call.cache.kv_c, call.cache.k_pe)
+    # Direct-to-LDS loads take 16 bytes a lane, which Triton must be able to prove.
+    aligned = all(
+        t.data_ptr() % 16 == 0 and not any(s % 16 for s in t.stride()[:2]) for t in inputs
+    )
+    features = {
+        "attn_mask": call.mask is not None,
+        "logit_cap": call.logit_cap > 0,
+        "q_scale or k_scale": call.q_scale is not None or call.k_scale is not None,
+        "sm_scale of 0 or less": call.sm_scale <= 0,
+        "strides that are not multiples of 16": not aligned,
+    }
+    return next((name for name, present in features.items() if present), "")
+
+
+def _stage1(kernel: str) -> Any:
+    if kernel == "cdna3":
+        from mla_compile.kernels.cdna3 import cdna3_kernel
+
+        return cdna3_kernel
+    if kernel == "cdna4":
+        from mla_compile.kernels.cdna4 import cdna4_kernel
+
+        return cdna4_kernel
+    return split_kernel
+
+
 def _split(
     call: Call,
     config: Config,
@@ -238,7 +285,7 @@ def _split(
         varies = (mask_strides[1] != 0 and dims.N > 1) or (mask_strides[2] != 0 and dims.Sq > 1)
         mask_rows = varies or call.causal
     return Launch(
-        split_kernel,
+        _stage1(config.kernel),
         grid,
         {
             "sm_scale": call.sm_scale,
@@ -247,6 +294,7 @@ def _split(
             "max_seqlen_q": dims.Sq,
             "page_size": cache.page_size,
             "num_splits": splits,
+            "num_programs": grid[0],
             "mask_columns": mask_columns,
             "stride_qt": call.q_nope.stride(0),
             "stride_qn": call.q_nope.stride(1),
