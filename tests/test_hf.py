@@ -93,7 +93,7 @@ def test_explain_reports_every_attention() -> None:
         "2 attention(s) rewritten, 0 left alone",
         "sdpa_attention.py:",
         "expanded from the latent, two caches",
-        "kv_c in float32[2, 1, 32, 512]",
+        "kv_c in float32[2, 1, 37, 512]",
         "length",
         "mla_compile::mla_decode",
     ):
