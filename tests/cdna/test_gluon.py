@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import triton
+from torch import Tensor
 
 from mla_compile.kernels import decode
 from mla_compile.kernels.combine import combine_kernel
 from mla_compile.kernels.config import GLUON, tuned_arch, workspace_numel
 from mla_compile.validate import validate
 from tests.cases import Case, Problem, assert_right, build, outputs
+from tests.cdna.asm import parse
 from tests.cdna.compiler import Compiler, Request
 from tests.cdna.kernels import Emulated
 
@@ -63,32 +68,89 @@ def problem_of(case: Case) -> Problem:
     return build(case)
 
 
+@contextmanager
+def on(
+    arch: str,
+    compiler: Compiler,
+    runs: Counter[Request],
+    large: bool = False,
+    planned: list[Request] | None = None,
+) -> Iterator[list[str]]:
+    """The host code believes in this GPU. Names the kernels it asks for."""
+    real, asked = decode._stage1, []
+
+    def stand_in(kernel: Any) -> Stage:
+        return Stage(kernel, arch, compiler, large, planned, runs)
+
+    def stage1(name: str) -> Any:
+        asked.append(name)
+        return stand_in(real(name))
+
+    device = tuned_arch(arch, triton.__version__), UNITS[arch]
+    with (
+        mock.patch.object(decode, "_stage1", stage1),
+        mock.patch.object(decode, "combine_kernel", stand_in(combine_kernel)),
+        mock.patch.object(decode, "_device", lambda _: device),
+    ):
+        yield asked
+
+
+def launch(problem: Problem) -> tuple[Tensor, Tensor]:
+    out, lse = outputs(problem)
+    call = validate(*problem.args, **problem.options)
+    splits = problem.case.num_kv_splits
+    workspace = torch.full((workspace_numel(call.dims, splits or 300),), math.nan)
+    decode.launch(call, out, lse, splits, workspace)
+    return out, lse
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("arch", UNITS)
 def test_gluon_kernel_is_right(
-    arch: str,
-    case: Case,
-    compiler: Compiler,
-    runs: Counter[Request],
-    monkeypatch: pytest.MonkeyPatch,
+    arch: str, case: Case, compiler: Compiler, runs: Counter[Request]
 ) -> None:
-    key = tuned_arch(arch, triton.__version__)
-    launched = []
-
-    def stage1(name: str) -> Any:
-        launched.append(name)
-        return Stage(real(name), arch, compiler, runs=runs)
-
-    real = decode._stage1
-    monkeypatch.setattr(decode, "_stage1", stage1)
-    monkeypatch.setattr(decode, "_device", lambda _: (key, UNITS[arch]))
-    monkeypatch.setattr(decode, "combine_kernel", Stage(combine_kernel, arch, compiler, runs=runs))
-
     problem = problem_of(case)
-    out, lse = outputs(problem)
-    call = validate(*problem.args, **problem.options)
-    splits = case.num_kv_splits
-    workspace = torch.full((workspace_numel(call.dims, splits or 300),), math.nan)
-    decode.launch(call, out, lse, splits, workspace)
+    with on(arch, compiler, runs) as asked:
+        out, lse = launch(problem)
     assert_right(problem, out, lse)
-    assert launched == [GLUON[key][0].kernel]
+    assert asked == [GLUON[arch][0].kernel]
+
+
+@pytest.mark.parametrize("N", [16, 128])
+@pytest.mark.parametrize("arch", UNITS)
+def test_a_cache_beyond_2_gib_runs_the_same_code(arch: str, N: int, compiler: Compiler) -> None:
+    code = []
+    for large in (False, True):
+        planned: list[Request] = []
+        with on(arch, compiler, Counter(), large, planned):
+            launch(problem_of(replace(MODEL, N=N)))
+        kernel = parse(compiler.submit(planned[0]).result().asm)
+        code.append([i.text for i in kernel.instructions])
+    assert code[0] == code[1]
+
+
+@pytest.mark.parametrize("arch", UNITS)
+def test_what_the_gluon_kernels_lack_goes_to_the_portable_one(
+    arch: str, compiler: Compiler
+) -> None:
+    rare = {
+        "mask": replace(MODEL, mask="length"),
+        "soft cap": replace(MODEL, logit_cap=5.0),
+        "no rope": replace(MODEL, R=0),
+        "fp32": replace(MODEL, dtype=torch.float32),
+        "narrow latent": replace(MODEL, Lkv=256),
+    }
+    for name, case in rare.items():
+        with on(arch, compiler, Counter(), planned=[]) as asked:
+            launch(problem_of(case))
+        assert asked == ["portable"], name
+
+
+@pytest.mark.parametrize("arch", UNITS)
+def test_a_pinned_portable_kernel_is_what_runs(
+    arch: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLA_COMPILE_KERNEL", "portable")
+    with on(arch, compiler, Counter(), planned=[]) as asked:
+        launch(problem_of(MODEL))
+    assert asked == ["portable"]
