@@ -74,7 +74,8 @@ def compile_split(arch: str, config: Config, types: dict[str, str], page_size: i
         "BLOCK_R": ceil_pow2(R),
     }
     types = {"sm_scale": "fp32", "mask_fill": "fp32", "lse_ptr": "*fp32", **types}
-    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    stages = config.num_stages - (config.table_stage and page_size == 0)
+    launch = {"num_warps": config.num_warps, "num_stages": stages}
     return compile_kernel(arch, split_kernel, types, constants, {**launch, **dict(config.options)})
 
 

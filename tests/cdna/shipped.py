@@ -2,12 +2,15 @@
 
 Each call occurs twice in production: where the cache is smaller than 2 GiB Triton addresses it as a
 buffer, otherwise with 64-bit pointers. Each case stands for one choice of the host code that
-changes the binary; lengths from 0 to 517 and every length around a tile's end occur.
+changes the binary; lengths from 0 to 517 and every length around a tile's end occur. Calls that
+leave the kernel to the arch table run its choice; what it chooses for rarer calls, the portable
+kernel, is also pinned for some of them.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +25,6 @@ from torch import Tensor
 from mla_compile.kernels import decode
 from mla_compile.kernels.combine import combine_kernel
 from mla_compile.kernels.config import tuned_arch, workspace_numel
-from mla_compile.kernels.split import split_kernel
 from mla_compile.validate import validate
 from tests.cases import Case, Problem, build, outputs
 from tests.cdna.compiler import Compiler, Request
@@ -31,60 +33,52 @@ from tests.cdna.kernels import Emulated
 ARCHS = ("gfx942", "gfx950")
 UNITS = {"gfx942": 304, "gfx950": 256}
 MODEL = Case("", lens=(33, 0, 130), Lkv=512, R=64, N=16, page_size=1)
+FP8, FP8_AMD = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 
-CASES = [
-    replace(c, name=name)
-    for name, c in {
-        "ragged": replace(MODEL, lens=(517, 0, 1, 31, 32, 33), num_kv_splits=3),
-        "ragged, 128 heads": replace(MODEL, lens=(517, 15, 16, 17), N=128),
-        **{
-            f"{n} heads, pages of {page}": replace(MODEL, N=n, page_size=page, num_kv_splits=splits)
-            for n, page, splits in (
-                (8, 16, 1),
-                (12, 64, 2),
-                (16, 64, 1),
-                (32, 1, 1),
-                (64, 16, 2),
-                (128, 64, 1),
-            )
-        },
-        **{
-            f"{n} heads, a page a sequence": replace(
-                MODEL, N=n, lens=lens, paging=paging, num_kv_splits=splits
-            )
-            for n, lens, paging, splits in (
-                (16, (65, 65), "whole", 1),
-                (64, (65, 3, 0), "dense", 1),
-                (128, (97,), "whole", 2),
-            )
-        },
-        "block table": replace(MODEL, N=128, paging="table", page_size=16),
-        "int64 indices": replace(MODEL, index_dtype=torch.int64, lens=(40,)),
-        "two buffers": replace(MODEL, fused=False, lens=(40,)),
-        "bool mask of keys": replace(MODEL, mask="holes", lens=(33, 130)),
-        "bool mask of keys, 128 heads": replace(
-            MODEL, mask="length", N=128, lens=(33, 70), num_kv_splits=2
-        ),
-        "bool mask of rows": replace(MODEL, mask="per head", lens=(33, 130)),
-        "additive mask of rows": replace(MODEL, mask="additive", N=128, lens=(70,)),
-        "additive mask of keys, whole": replace(
-            MODEL, mask="additive per key", N=64, paging="whole", lens=(70, 70)
-        ),
-        "soft cap": replace(MODEL, logit_cap=5.0, num_kv_splits=2),
-        "soft cap, 128 heads": replace(MODEL, logit_cap=5.0, N=128, lens=(70,)),
-        "two query tokens": replace(MODEL, queries=2, N=8, num_kv_splits=2),
-        "ragged query tokens": replace(MODEL, queries=(3, 1, 2), lens=(33, 1, 70), N=32),
-        "four query tokens, 128 heads": replace(MODEL, queries=4, N=128, lens=(70,)),
-        "fp16": replace(MODEL, dtype=torch.float16, N=64, lens=(70, 5)),
-        "fp32": replace(MODEL, dtype=torch.float32, lens=(40,)),
-        "e4m3fn cache": replace(
-            MODEL, cache_dtype=torch.float8_e4m3fn, scaled=True, N=64, lens=(70, 5)
-        ),
-        "e4m3fnuz cache": replace(
-            MODEL, cache_dtype=torch.float8_e4m3fnuz, scaled=True, lens=(70, 5)
-        ),
-        "latent of 1024": replace(MODEL, Lkv=1024, lens=(40,)),
-    }.items()
+
+def model(name: str, **changes: object) -> Case:
+    return replace(MODEL, name=name, **changes)  # type: ignore[arg-type]
+
+
+BOTH = [  # of each kernel
+    model("ragged", lens=(517, 0, 1, 15, 16, 17, 31, 32, 33), num_kv_splits=3),
+    model("ragged, 64 heads", N=64, lens=(517, 0, 1, 63, 64, 65), num_kv_splits=3),
+    model("128 heads, pages of 64", N=128, page_size=64, num_kv_splits=1),
+    model("12 heads, pages of 64", N=12, page_size=64, num_kv_splits=2),
+    model("16 heads, a page a sequence", paging="whole", lens=(65, 65), num_kv_splits=1),
+    model("64 heads, dense", N=64, paging="dense", lens=(65, 3, 0), num_kv_splits=1),
+]
+TABLE = [  # of the kernel the table picks
+    model("8 heads, pages of 16", N=8, page_size=16, num_kv_splits=1),
+    model("16 heads, pages of 64", page_size=64, num_kv_splits=2),
+    model("32 heads", N=32, num_kv_splits=1),
+    model("64 heads, pages of 16", N=64, page_size=16, num_kv_splits=2),
+    model("80 heads, pages of 37", N=80, page_size=37, lens=(33, 70)),
+    model("128 heads", N=128, lens=(97,)),
+    model("128 heads, a page a sequence", N=128, paging="whole", lens=(97,), num_kv_splits=2),
+    model("block table", N=128, paging="table", page_size=16),
+    model("int64 block table", N=24, paging="table", page_size=64, index_dtype=torch.int64),
+    model("int64 indices", index_dtype=torch.int64, queries=(1, 2, 1), N=80, lens=(33, 2, 70)),
+    model("two buffers, fp16", fused=False, dtype=torch.float16, N=32, num_kv_splits=2),
+    model("two query tokens see all", queries=2, causal=False, N=8),
+    model("four query tokens", queries=4, lens=(33, 2, 70), num_kv_splits=2),
+    model("ragged query tokens", queries=(3, 4, 0, 1), lens=(33, 3, 0, 70), N=24),
+]
+PORTABLE = [  # calls with something that only the portable kernel has
+    model("bool mask of keys", mask="holes", lens=(33, 130)),
+    model("bool mask of keys, 128 heads", mask="length", N=128, lens=(33, 70), num_kv_splits=2),
+    model("bool mask of rows", mask="per head", lens=(33, 130)),
+    model("additive mask of rows", mask="additive", N=128, lens=(70,)),
+    model("additive mask, whole", mask="additive per key", N=64, paging="whole", lens=(70, 70)),
+    model("soft cap", logit_cap=5.0, num_kv_splits=2),
+    model("soft cap, 128 heads", logit_cap=5.0, N=128, lens=(70,)),
+    model(
+        "soft cap, ragged query tokens", logit_cap=5.0, queries=(3, 1, 2), lens=(33, 1, 70), N=32
+    ),
+    model("fp32", dtype=torch.float32, lens=(40,)),
+    model("e4m3fn cache", cache_dtype=FP8, scaled=True, N=64, lens=(70, 5)),
+    model("e4m3fnuz cache", cache_dtype=FP8_AMD, scaled=True, lens=(70, 5)),
+    model("latent of 1024", Lkv=1024, lens=(40,)),
 ]
 
 
@@ -92,13 +86,21 @@ CASES = [
 class Shipped:
     arch: str
     large: bool
+    pinned: str  # MLA_COMPILE_KERNEL, "" if it is not set
     case: Case
 
     def __str__(self) -> str:
-        return f"{self.arch}-{'large' if self.large else 'buffer'}-{self.case}"
+        pinned = f"{self.pinned}-" if self.pinned else ""
+        return f"{self.arch}-{'large' if self.large else 'buffer'}-{pinned}{self.case}"
 
 
-MATRIX = [Shipped(arch, large, case) for case in CASES for arch in ARCHS for large in (False, True)]
+MATRIX = [
+    Shipped(arch, large, pinned, case)
+    for pinned, cases in (("", BOTH + TABLE + PORTABLE), ("portable", BOTH))
+    for case in cases
+    for arch in ARCHS
+    for large in (False, True)
+]
 
 
 @contextmanager
@@ -109,15 +111,17 @@ def on(
     planned: list[Request] | None = None,
 ) -> Iterator[None]:
     """The host code believes in an AMD GPU."""
-    kernels = [
-        Emulated(kernel, shipped.arch, compiler, shipped.large, planned, runs)
-        for kernel in (split_kernel, combine_kernel)
-    ]
+    stage1 = decode._stage1
+
+    def emulated(kernel: object) -> Emulated:
+        return Emulated(kernel, shipped.arch, compiler, shipped.large, planned, runs)
+
     device = tuned_arch(shipped.arch, triton.__version__), UNITS[shipped.arch]
     with (
-        mock.patch.object(decode, "split_kernel", kernels[0]),
-        mock.patch.object(decode, "combine_kernel", kernels[1]),
+        mock.patch.object(decode, "_stage1", lambda name: emulated(stage1(name))),
+        mock.patch.object(decode, "combine_kernel", emulated(combine_kernel)),
         mock.patch.object(decode, "_device", lambda _: device),
+        mock.patch.dict(os.environ, {"MLA_COMPILE_KERNEL": shipped.pinned}),
     ):
         yield
 
