@@ -21,6 +21,7 @@ class Config:
     per_unit: int = 1  # programs a compute unit holds at once
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
     combine: float = 1 / 60  # tile-times of a program's partials, written and read back
+    table_stage: bool = False  # a stage is for the page table: without one, one stage less
     reload_v: bool = False  # load the K_c tile a second time as V
     options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
 
@@ -57,7 +58,16 @@ HALF: dict[str, tuple[Config, ...]] = {
         # A second load gives K and V each their own direct-to-LDS layout: 5.6 K -> 3.6 K clocks a
         # tile, for 143 KB of 160 KB LDS.
         Config(block_m=16, block_n=32, num_warps=2, num_stages=2, reload_v=True, options=_CDNA4),
-        Config(block_m=64, block_n=32, num_warps=4, num_stages=3, reload_v=True, options=_CDNA4),
+        # With three stages and no table there would be three tiles, 210 KB.
+        Config(
+            block_m=64,
+            block_n=32,
+            num_warps=4,
+            num_stages=3,
+            table_stage=True,
+            reload_v=True,
+            options=_CDNA4,
+        ),
     ),
     # Before Triton 3.8 nothing goes direct to LDS, and the second load spills 90 registers.
     "gfx950-3.7": (
