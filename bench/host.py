@@ -80,7 +80,7 @@ def dense(B: int = 1, N: int = 128, Skv: int = 4096) -> Inputs:
 def microseconds(fn: Callable[[], object]) -> float:
     """CPU time of this thread, in the quietest of many short runs."""
     fn()
-    return min(timeit.repeat(fn, timer=time.thread_time, number=50, repeat=200)) / 50 * 1e6
+    return min(timeit.repeat(fn, timer=time.thread_time, number=50, repeat=100)) / 50 * 1e6
 
 
 def main() -> None:

@@ -81,6 +81,8 @@ class Plan:
         lse: Tensor,
         workspace: Tensor | None,
     ) -> None:
+        if not len(out):
+            return
         if self.combine is None:
             self.split(*inputs, out, lse, *optional)
             return
