@@ -19,13 +19,14 @@ from mla_compile.kernels import decode
 from mla_compile.kernels.cdna3 import cdna3_kernel
 from mla_compile.kernels.cdna4 import cdna4_kernel
 from mla_compile.kernels.combine import combine_kernel
+from mla_compile.kernels.sm90 import sm90_kernel
 from mla_compile.kernels.split import split_kernel
 from mla_compile.validate import validate
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, float]
 
 
-KERNELS = (split_kernel, cdna3_kernel, cdna4_kernel, combine_kernel)
+KERNELS = (split_kernel, cdna3_kernel, cdna4_kernel, sm90_kernel, combine_kernel)
 ARCHS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -80,7 +81,7 @@ def dense(B: int = 1, N: int = 128, Skv: int = 4096) -> Inputs:
 def microseconds(fn: Callable[[], object]) -> float:
     """CPU time of this thread, in the quietest of many short runs."""
     fn()
-    return min(timeit.repeat(fn, timer=time.thread_time, number=50, repeat=200)) / 50 * 1e6
+    return min(timeit.repeat(fn, timer=time.thread_time, number=50, repeat=100)) / 50 * 1e6
 
 
 def main() -> None:

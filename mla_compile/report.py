@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,8 @@ class Recorder(MLAPass):
     configuration that holds it, for a copy would report to nobody.
     """
 
-    def __init__(self, report: Report, previous: Sequence[Callable[[Graph], None]] = ()):
-        super().__init__(previous, record=self.note)
+    def __init__(self, report: Report):
+        super().__init__(record=self.note)
         self.report = report
         self.told = len(graph_breaks())
         self.ops: dict[str, Op] = {}  # of the graph at hand, before the pass
@@ -285,27 +286,36 @@ def roles(site: MLASite) -> dict[str, str]:
     return {name: ", ".join(names) for name, names in found.items()}
 
 
+@contextmanager
+def reporting() -> Iterator[Report]:
+    """Put the pass into what is compiled meanwhile, and report on every attention in it.
+
+    No graph is taken from Inductor's caches, for such a graph never meets the pass.
+    """
+    report = Report()
+    with config.patch(joint_custom_pre_pass=Recorder(report)):
+        yield report
+
+
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile `fn` with the pass, run it once without grad, and report on every attention in it.
 
     The run is real: a cache among the arguments is written to.  What Dynamo had compiled is
-    forgotten, and no graph is taken from Inductor's caches, for such a graph never meets the pass.
+    forgotten.
     """
-    report = Report()
     torch._dynamo.reset()
-    with config.patch(joint_custom_pre_pass=Recorder(report)), torch.no_grad():
+    with reporting() as report, torch.no_grad():
         torch.compile(fn)(*args, **kwargs)
     torch._dynamo.reset()
     return report
 
 
-def run_script(report: Report, path: str, arguments: Sequence[str]) -> None:
-    """Run a script as `python path arguments` would, with the pass in all that it compiles."""
+def run_script(path: str, arguments: Sequence[str]) -> None:
+    """Run a script as `python path arguments` would."""
     argv, sys.argv = sys.argv, [path, *arguments]
     sys.path.insert(0, str(Path(path).resolve().parent))
     try:
-        with config.patch(joint_custom_pre_pass=Recorder(report)):
-            runpy.run_path(path, run_name="__main__")
+        runpy.run_path(path, run_name="__main__")
     finally:
         sys.argv = argv
         sys.path.pop(0)

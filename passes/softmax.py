@@ -22,6 +22,7 @@ from mla_compile.passes.graph import (
     constant,
     equal,
     is_tensor,
+    readers,
     shape,
     strip,
 )
@@ -82,7 +83,8 @@ def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
         if node.target in FUSED_ATTENTION:
             yield Normalised(node, None, -1)
         elif node.target in SOFTMAX:
-            scores, axis = node.args[0], argument(node, "dim") % len(shape(node))
+            axis = argument(node, "dim") % len(shape(node))
+            scores = unshifted(node.args[0], axis)
             yield Normalised(without_empty_rows(node, scores), scores, axis)
         elif node.target is aten.exp.default:
             yield from normalised(node)
@@ -90,21 +92,22 @@ def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
 
 def normalised(exponential: Node) -> Iterator[Normalised]:
     """The softmaxes that exp(x) is the numerator of."""
-    scores, shift = split_shift(exponential)
+    difference, shift = split_shift(exponential)
     summed = list(row_sums(exponential))
     for total, axis in summed:
-        if not constant_along(shift, scores, axis):
+        if not constant_along(shift, difference, axis):
             continue
+        scores = unshifted(difference, axis)
         divided = [d for e in copies(exponential) for d in e.users if divides_by(d, e, total, axis)]
         for division in divided:
             yield Normalised(without_empty_rows(division, scores), scores, axis)
         if not divided:
             yield Normalised(exponential, scores, axis, total)
     if not summed and shift is not None:
-        for axis in range(len(shape(scores))):
-            lse = per_row(shift, scores, axis)
-            if lse in log_sum_exps(scores, axis):
-                yield Normalised(exponential, scores, axis)
+        for axis in range(len(shape(difference))):
+            lse = per_row(shift, difference, axis)
+            if lse in log_sum_exps(difference, axis):
+                yield Normalised(exponential, difference, axis)
 
 
 def split_shift(exponential: Node) -> tuple[Node, Node | None]:
@@ -113,6 +116,16 @@ def split_shift(exponential: Node) -> tuple[Node, Node | None]:
     if difference.target is aten.sub.Tensor and is_tensor(difference.args[1]):
         return difference.args
     return exponential.args[0], None
+
+
+def unshifted(scores: Node, axis: int) -> Node:
+    """The scores before anything that is constant along the axis was subtracted: no softmax sees it."""
+    shifted = strip_copies(scores)
+    if shifted.target is not aten.sub.Tensor or not is_tensor(shifted.args[1]):
+        return scores
+    if per_row(shifted.args[1], shifted, axis) is None:
+        return scores
+    return unshifted(shifted.args[0], axis)
 
 
 def row_sums(exponential: Node) -> Iterator[tuple[Node, int]]:
@@ -298,7 +311,7 @@ def consumer(weights: Node, beside: Collection[Node]) -> tuple[Node, frozenset[N
     """The one contraction that the weights end in, and the nodes on the way; `beside` does not count."""
     node, path = weights, {weights}
     while True:
-        users = [u for u in node.users if u not in beside]
+        users = [u for u in readers(node) if u not in beside]
         if len(users) != 1:
             names = ", ".join(u.name for u in users)
             raise Refusal(Reason.ESCAPE, f"the probabilities are used by {names}", node)
@@ -324,7 +337,7 @@ def is_division(node: Node) -> bool:
 
 
 def next_carrier(node: Node, otherwise: str) -> Node:
-    users = list(node.users)
+    users = readers(node)
     if len(users) != 1 or users[0].target not in RENAMES | CASTS | {aten.div.Tensor}:
         raise Refusal(Reason.SOFTMAX, otherwise, node)
     return users[0]
@@ -342,7 +355,7 @@ def escape(node: Node, replaced: Collection[Node]) -> Node | None:
     """A node beyond the attention that needs `node` even when `replaced` are computed in another way."""
     seen, todo = {node}, [node]
     while todo:
-        for user in todo.pop().users:
+        for user in readers(todo.pop()):
             if user in seen or user in replaced:
                 continue
             if user.op == "output" or user.is_impure():

@@ -124,6 +124,13 @@ def probabilities_without_a_sink(x: Inputs) -> Tensor:
     return attend(s.softmax(-1)[..., :-1], x)
 
 
+def sinks_under_a_shift(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    s = torch.cat([s, torch.zeros_like(s[..., :1])], -1)
+    s = s - s.max(dim=-1, keepdim=True).values
+    return attend(s.softmax(-1)[..., :-1], x)
+
+
 def probabilities_renormalised(x: Inputs) -> Tensor:
     p = absorbed_scores(x).softmax(-1)
     return attend(p * x.visible[:, None, None], x)
@@ -282,6 +289,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (expanded_values_used_again, Reason.ESCAPE),
     (softmax_over_heads, Reason.SOFTMAX),
     (probabilities_without_a_sink, Reason.SINKS),
+    (sinks_under_a_shift, Reason.SINKS),
     (sink_in_the_denominator, Reason.SINKS),
     (sink_in_a_late_denominator, Reason.SINKS),
     (late_division_by_the_sum_of_another_row, Reason.SOFTMAX),

@@ -22,6 +22,8 @@ class Config:
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
     combine: float = 1 / 60  # tile-times of a program's partials, written and read back
     persistent: bool = False  # as many programs as units, each taking one item after another
+    least: tuple[int, int] = (0, 0)  # not for so few rows with fewer keys than that in the batch
+    table_stage: bool = False  # a stage is for the page table: without one, one stage less
     reload_v: bool = False  # load the K_c tile a second time as V
     options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
 
@@ -58,7 +60,16 @@ HALF: dict[str, tuple[Config, ...]] = {
         # A second load gives K and V each their own direct-to-LDS layout: 5.6 K -> 3.6 K clocks a
         # tile, for 143 KB of 160 KB LDS.
         Config(block_m=16, block_n=32, num_warps=2, num_stages=2, reload_v=True, options=_CDNA4),
-        Config(block_m=64, block_n=32, num_warps=4, num_stages=3, reload_v=True, options=_CDNA4),
+        # With three stages and no table there would be three tiles, 210 KB.
+        Config(
+            block_m=64,
+            block_n=32,
+            num_warps=4,
+            num_stages=3,
+            table_stage=True,
+            reload_v=True,
+            options=_CDNA4,
+        ),
     ),
     # Before Triton 3.8 nothing goes direct to LDS, and the second load spills 90 registers.
     "gfx950-3.7": (
@@ -75,15 +86,27 @@ _CDNA3_16 = Config(
     num_warps=2,
     kernel="cdna3",
     per_unit=2,
-    stream=1 / 580,
-    combine=1 / 160,
+    stream=1 / 780,
+    combine=1 / 220,
     options=_FUSED,
 )
-_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 280)
+_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 290, combine=1 / 160)
 GLUON: dict[str, tuple[Config, ...]] = {
-    "sm90": (Config(block_m=64, block_n=64, num_warps=4, kernel="sm90", persistent=True),),
+    "sm90": (
+        Config(
+            block_m=64,
+            block_n=64,
+            num_warps=4,
+            kernel="sm90",
+            # 549-565 TF/s where the portable kernel has 245; 520-542 with the L2 flushed.
+            persistent=True,
+            # 16 heads: 13.4-17.1 µs where the portable kernel takes 13.2-15.0; from here on less.
+            least=(16, 8192),
+            options=_FUSED,
+        ),
+    ),
     "gfx942": (
-        # 3.2 K clocks for three programs at once; 32 keys of 4 waves 3.6 K for one.
+        # 4.4 K clocks for three programs at once, 91 a key; 32 keys of 4 waves 110 a key.
         replace(_CDNA3_16, per_unit=3, options=_ILP),
         # 4.9 K; 8 waves 4.9-5.1 K; the next tile loaded before QK instead of after it 5.0 K.
         Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_ILP),
@@ -94,7 +117,7 @@ GLUON: dict[str, tuple[Config, ...]] = {
         Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_FUSED),
     ),
     "gfx950": (
-        # Two of these fit a unit; 64 keys of 4 waves fit once and are a quarter slower.
+        # 3.3 K for two at once, 52 a key; 64 keys of 4 waves 57 a key.
         replace(_CDNA4_16, options=_ILP),
         # 5.2 K; 8 waves 5.7 K. Two tiles are 158 of 160 KB LDS.
         Config(block_m=64, block_n=64, num_warps=4, kernel="cdna4", options=_ILP),
@@ -105,6 +128,14 @@ GLUON: dict[str, tuple[Config, ...]] = {
         Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_FUSED),
     ),
 }
+
+# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value; at 32 keys a tile of
+# 64 rows spills 146 registers to memory, at 16 none.
+_GFX942_BYTE = (
+    _GFX942[0],
+    Config(block_m=64, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
+)
+BYTE = {"gfx942": _GFX942_BYTE, "gfx942-3.7": _GFX942_BYTE}
 
 # fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it.
 FULL: dict[str, tuple[Config, ...]] = {
@@ -139,10 +170,15 @@ def choose(
     R: int,
     q_bytes: int,
     kv_bytes: int,
+    keys: int | None = None,
     rare: str = "",
     pinned: str | None = None,
 ) -> tuple[Config, str]:
-    """The config of a call, and why. `rare` names a feature that only the portable kernel has."""
+    """The config of a call, and why.
+
+    `keys` are those of the batch, if known. `rare` names a feature that only the portable kernel
+    has.
+    """
     table = GLUON.get(arch, ())
     missing = uncovered(Lkv=Lkv, R=R, q_bytes=q_bytes, kv_bytes=kv_bytes, rare=rare)
     if pinned and pinned not in {"portable", *(c.kernel for c in table)}:
@@ -153,7 +189,10 @@ def choose(
         refuse("MLA_COMPILE_KERNEL", f"a kernel that has {missing}", pinned, remedy)
     if table and not missing and pinned != "portable":
         config = _fitting(table, rows)
-        return config, "pinned" if pinned else f"the table of {arch}"
+        few = keys is not None and keys < config.least[1] and rows <= config.least[0]
+        if pinned or not few:
+            return config, "pinned" if pinned else f"the table of {arch}"
+        missing = f"speed below {config.least[1]} keys"
     config = pick(arch, rows=rows, Lkv=Lkv, q_bytes=q_bytes, kv_bytes=kv_bytes)
     if pinned:
         return config, "pinned"
@@ -163,6 +202,8 @@ def choose(
 def pick(arch: str, *, rows: int, Lkv: int, q_bytes: int, kv_bytes: int) -> Config:
     """The portable tile for `rows` query rows of a sequence; sizes in bytes of one element."""
     table = (FULL if max(q_bytes, kv_bytes) > 2 else HALF).get(arch, FALLBACK)
+    if kv_bytes == 1:
+        table = BYTE.get(arch, table)
     if Lkv > 512:  # the tables are sized for DeepSeek's 512
         table = FALLBACK
     return _fitting(table, rows)

@@ -186,6 +186,7 @@ def configure(call: Call) -> tuple[Config, str]:
         R=dims.R,
         q_bytes=call.q_nope.element_size(),
         kv_bytes=call.cache.kv_c.element_size(),
+        keys=dims.B * call.cache.typical_len,
         rare=_rare(call),
     )
 
@@ -335,6 +336,6 @@ def _split(
             "BLOCK_R": max(16, ceil_pow2(dims.R)),
         },
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=config.num_stages - (config.table_stage and cache.table is None),
         **dict(config.options),
     )

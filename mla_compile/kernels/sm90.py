@@ -27,13 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 import mla_compile.kernels.cdna as cdna
-from mla_compile.kernels.cdna import LKV, LOG2E, R
+from mla_compile.kernels.cdna import LOG2E, R
 
 # Triton 3.6 has it by its first name alone.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-import os
-EARLY: gl.constexpr = gl.constexpr(os.environ.get('EARLY','1')=='1')
 ROWS: gl.constexpr = gl.constexpr(64)  # of a block, what one wgmma has
 KEYS: gl.constexpr = gl.constexpr(64)  # of a tile
 HALF: gl.constexpr = gl.constexpr(256)  # columns of V of a warpgroup: 128 registers a thread
@@ -52,23 +50,18 @@ def _fade_asm(n):
 
     A lane's accumulators belong to two rows: of each four, two to the first, two to the second.
     """
-    first, second = 2 * n, 2 * n + 2
-    lines = [
-        "{ .reg .pred p;",
-        f"setp.neu.f32 p, ${first}, 0f3F800000;",
-        f"setp.neu.or.f32 p, ${second}, 0f3F800000, p;",
-        "vote.sync.any.pred p, p, 0xffffffff;",
-        "@!p bra SKIP;",
-        *(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n)),
-        "SKIP: }",
-    ]
-    return " ".join(lines)
+    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return (
+        f"{{ .reg .pred p; setp.neu.f32 p, ${2 * n}, 0f3F800000; "
+        f"setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p; "
+        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra SKIP; {multiply} SKIP: }}"
+    )
 
 
-FADED: gl.constexpr = gl.constexpr(32)  # accumulators an asm statement takes; 64 spill
+FADED: gl.constexpr = gl.constexpr(32)  # accumulators an asm statement takes
 FADE_ASM: gl.constexpr = gl.constexpr(_fade_asm(32))
 FADE_OPERANDS: gl.constexpr = gl.constexpr(
-    ",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32)
+    ",".join(["=f"] * 32 + [*map(str, range(32))] + ["f"] * 32)
 )
 
 
@@ -101,57 +94,6 @@ def _fade(acc, factor):
 
 
 @gluon.jit
-def _positions(start, hi, LAYOUT: gl.constexpr):
-    """Of the tile's keys; those past the end repeat the last."""
-    pos = start + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))
-    return gl.minimum(pos, hi - 1).to(gl.uint32)
-
-
-@gluon.jit
-def _entries(table_ptr, start, hi, PAGE_SIZE, LAYOUT: gl.constexpr):
-    """Table entries of the tile's keys, or the one of its page."""
-    if PAGE_SIZE == 0:
-        entries = start
-    elif PAGE_SIZE % KEYS == 0:
-        entries = gl.load(table_ptr + gl.minimum(start, hi - 1) // PAGE_SIZE)
-    else:
-        entries = gl.load(table_ptr + _positions(start, hi, LAYOUT) // PAGE_SIZE)
-    return entries.to(gl.int32)
-
-
-@gluon.jit
-def _item(pid, work, N, PAGE_SIZE, CAUSAL):
-    starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size, num_splits, _ = work
-    return cdna.item(
-        pid,
-        starts_ptr,
-        lens_ptr,
-        qo_indptr_ptr,
-        max_seqlen_q,
-        page_size,
-        num_splits,
-        N,
-        PAGE_SIZE,
-        CAUSAL,
-        ROWS,
-        KEYS,
-    )
-
-
-@gluon.jit
-def _keys_at(ptr, entries, start, hi, stride_p, stride_s, PAGE_SIZE, LAYOUT: gl.constexpr):
-    """[KEYS] pointers to the tile's keys."""
-    pos = _positions(start, hi, LAYOUT)
-    if PAGE_SIZE == 0:
-        rows = pos.to(gl.int64) * stride_s
-    elif PAGE_SIZE == 1:
-        rows = entries.to(gl.int64) * stride_p
-    else:
-        rows = entries.to(gl.int64) * stride_p + (pos % PAGE_SIZE).to(gl.int64) * stride_s
-    return ptr + rows
-
-
-@gluon.jit
 def _copy(tile, rows, LAYOUT: gl.constexpr):
     """From pointers to rows."""
     cols = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
@@ -167,43 +109,31 @@ def _fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _gather(
-    kv_c_ptr,
-    k_pe_ptr,
-    table_ptr,
-    work,
-    strides,
-    tiles,
-    full,
-    empty,
-    N: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    ALIKE: gl.constexpr,
-):
+def _gather(work, CALL, caches, strides, tiles, full, empty, ALIKE: gl.constexpr):
     C: gl.constexpr = gather_layout()
+    PAGE_SIZE: gl.constexpr = CALL[1]
+    num_items, num_splits, lengths = work
+    kv_c_ptr, k_pe_ptr, table_ptr = caches
     stride_cp, stride_cs, stride_kp, stride_ks, stride_table = strides
     left, right, last, rope = tiles
     # In elements, 8 at a time. A second set of pointers does not fit into 24 registers.
     apart = (k_pe_ptr.to(gl.int64) - kv_c_ptr.to(gl.int64)) // 16 * 8
     g = 0
-    for pid in range(gl.program_id(0), work[6], gl.num_programs(0)):
-        _, keys = _item(pid, work, N, PAGE_SIZE, CAUSAL)
+    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        _, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
         lo, hi, _, b, entry = keys
-        table, kv_c, k_pe = table_ptr, kv_c_ptr, k_pe_ptr
-        if PAGE_SIZE == 0:
-            kv_c += b * stride_cp
-            k_pe += b * stride_kp
-        else:
-            table += b * stride_table if work[0] is None else entry
+        table = table_ptr
+        if PAGE_SIZE > 0:
+            table += b * stride_table if lengths[0] is None else entry
         if lo < hi:
-            entries = _entries(table, lo, hi, PAGE_SIZE, C)
-            rows = _keys_at(kv_c, entries, lo, hi, stride_cp, stride_cs, PAGE_SIZE, C)
+            at = cdna.look_up(table, lo, hi, PAGE_SIZE, KEYS, C)
+            entries = at[1]
+            rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
             _fetch_left(rows, left, full[0], empty[0], g, C)
             for start in range(lo, hi, KEYS):
                 s, phase = _turn(g, RIGHT)
                 then = start + KEYS
-                entries_then = _entries(table, then, hi, PAGE_SIZE, C)
+                at_then = cdna.look_up(table, then, hi, PAGE_SIZE, KEYS, C)
                 mbarrier.wait(empty[1].index(s), phase ^ 1)
                 _copy(right.index(s), rows + HALF, C)
                 async_copy.mbarrier_arrive(full[1].index(s), increment_count=False)
@@ -212,11 +142,13 @@ def _gather(
                 if ALIKE:
                     rows += apart
                 else:
-                    rows = _keys_at(k_pe, entries, start, hi, stride_kp, stride_ks, PAGE_SIZE, C)
+                    at = cdna.positions(start, hi, KEYS, C), entries
+                    rows = cdna.keys_at(k_pe_ptr, at, b, stride_kp, stride_ks, PAGE_SIZE)
                 _copy(rope.index(s), rows, C)
                 async_copy.mbarrier_arrive(full[2].index(s), increment_count=False)
-                entries = entries_then
-                rows = _keys_at(kv_c, entries, then, hi, stride_cp, stride_cs, PAGE_SIZE, C)
+                entries = at_then[1]
+                at = cdna.positions(then, hi, KEYS, C), entries
+                rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
                 g += 1
                 if then < hi:
                     _fetch_left(rows, left, full[0], empty[0], g, C)
@@ -262,39 +194,23 @@ def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
 
 
 @gluon.jit
-def _scores(
-    q_nope_ptr,
-    q_pe_ptr,
-    lse_ptr,
-    work,
-    qk_scale,
-    strides,
-    q_smem,
-    q_pe_smem,
-    tiles,
-    full,
-    p_smem,
-    fade_smem,
-    sum_smem,
-    p_full,
-    p_empty,
-    sum_full,
-    N: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    SPLIT: gl.constexpr,
-):
+def _scores(work, CALL, queries, strides, scale, lse_ptr, tiles, full, shared, SPLIT):
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     C: gl.constexpr = gather_layout()
     ROW: gl.constexpr = gl.SliceLayout(1, S)
+    N: gl.constexpr = CALL[0]
+    CAUSAL: gl.constexpr = CALL[2]
     # With whole blocks of one token's heads, `hi` is where the causal diagonal passes.
     DIAGONAL: gl.constexpr = CAUSAL and N % ROWS != 0
+    num_items, num_splits, lengths = work
+    q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem = queries
     stride_qt, stride_qn, stride_pt, stride_pn = strides
+    p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
     g = 0
     turn = 0
-    for pid in range(gl.program_id(0), work[6], gl.num_programs(0)):
-        block, keys = _item(pid, work, N, PAGE_SIZE, CAUSAL)
+    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        block, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
         lo, hi, _, _, _ = keys
         m_i = gl.full([ROWS], UNSEEN, gl.float32, ROW)
         l_i = gl.zeros([ROWS], gl.float32, ROW)
@@ -321,25 +237,16 @@ def _scores(
             acc = warpgroup_mma_wait(0, deps=[acc])
             end = lo + (hi - 1 - lo) // KEYS * KEYS  # where the last tile starts
             for start in range(lo, end, KEYS):
-                if EARLY:
-                    s = acc * qk_scale
-                    acc = _score_left(acc, q_smem, tiles[0], full[0], g + 1)
-                    if DIAGONAL:
-                        s = cdna.hide(s, start, block, keys, N, CAUSAL, ROWS, KEYS, S)
-                    m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
-                    acc = _score_right(acc, q, tiles, full, g + 1)
-                    l_i += gl.sum(p, 1)
-                else:
-                    s = acc * qk_scale
-                    if DIAGONAL:
-                        s = cdna.hide(s, start, block, keys, N, CAUSAL, ROWS, KEYS, S)
-                    m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
-                    l_i += gl.sum(p, 1)
-                    acc = _score_left(p, q_smem, tiles[0], full[0], g + 1)
-                    acc = _score_right(acc, q, tiles, full, g + 1)
+                s = acc * scale
+                acc = _score_left(acc, q_smem, tiles[0], full[0], g + 1)
+                if DIAGONAL:
+                    s = cdna.hide(s, start, block, keys, N, CAUSAL, ROWS, KEYS, S)
+                m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
+                acc = _score_right(acc, q, tiles, full, g + 1)
+                l_i += gl.sum(p, 1)
                 g += 1
                 acc = warpgroup_mma_wait(0, deps=[acc])
-            s = cdna.hide(acc * qk_scale, end, block, keys, N, DIAGONAL, ROWS, KEYS, S)
+            s = cdna.hide(acc * scale, end, block, keys, N, DIAGONAL, ROWS, KEYS, S)
             m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
             l_i += gl.sum(p, 1)
             g += 1
@@ -347,45 +254,21 @@ def _scores(
             mbarrier.arrive(sum_full.index(turn & 1), count=1)
             turn += 1
         m_i = gl.where(l_i > 0, m_i, float("-inf"))
-        cdna.store_sums(lse_ptr, m_i, l_i, block, work[5], N, SPLIT, ROWS, ROW)
+        cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, ROWS, ROW)
 
 
 @gluon.jit
-def _part(ring, s, i: gl.constexpr):
-    """PART columns of a tile: all it has, or those of half i."""
-    tile = ring.index(s)
-    if tile.shape[1] == HALF:
-        return tile.slice(i * PART, PART, dim=1)
-    else:
-        return tile
-
-
-@gluon.jit
-def _values(
-    out_ptr,
-    work,
-    strides,
-    v,
-    v_empty,
-    p_smem,
-    fade_smem,
-    sum_smem,
-    p_full,
-    p_empty,
-    sum_full,
-    N: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    STAGES: gl.constexpr,
-    WHOLE: gl.constexpr,  # both parts of V are one tile, released at once
-):
-    """Two accumulators of PART columns: those at out_ptr and the next."""
+def _values(work, CALL, out_ptr, strides, v, v_empty, shared, STAGES, WHOLE: gl.constexpr):
+    """Two accumulators of PART columns. WHOLE: both have their V in one tile, released at once."""
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, A)
+    N: gl.constexpr = CALL[0]
+    num_items, num_splits, lengths = work
+    p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
     g = 0
     turn = 0
-    for pid in range(gl.program_id(0), work[6], gl.num_programs(0)):
-        block, keys = _item(pid, work, N, PAGE_SIZE, CAUSAL)
+    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        block, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
         lo, hi, _, _, _ = keys
         acc0 = gl.zeros([ROWS, PART], gl.float32, A)
         acc1 = gl.zeros([ROWS, PART], gl.float32, A)
@@ -395,8 +278,11 @@ def _values(
             fade = fade_smem.load(ROW)
             acc0 = _fade(acc0, fade)
             acc1 = _fade(acc1, fade)
-            acc0 = warpgroup_mma(p_smem, _part(v[0], s, 0), acc0, is_async=True)
-            acc1 = warpgroup_mma(p_smem, _part(v[1], s, 1), acc1, is_async=True)
+            v0, v1 = v[0].index(s), v[1].index(s)
+            if WHOLE:
+                v0, v1 = v0.slice(0, PART, dim=1), v1.slice(PART, PART, dim=1)
+            acc0 = warpgroup_mma(p_smem, v0, acc0, is_async=True)
+            acc1 = warpgroup_mma(p_smem, v1, acc1, is_async=True)
             if WHOLE:
                 acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
             else:
@@ -486,104 +372,28 @@ def sm90_kernel(
     p_empty = _barriers(1, 2).index(0)  # both `values`
     sum_full = _barriers(2, 1)
 
-    work = (
-        starts_ptr,
-        lens_ptr,
-        qo_indptr_ptr,
-        max_seqlen_q,
-        page_size,
-        num_splits,
-        num_items,
-    )
+    caches = (kv_c_ptr, k_pe_ptr, table_ptr)
+    cache_strides = (stride_cp, stride_cs, stride_kp, stride_ks, stride_table)
+    queries = (q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem)
+    q_strides = (stride_qt, stride_qn, stride_pt, stride_pn)
+    out_strides = (stride_ot, stride_on, stride_os)
+    lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
+    work = (num_items, num_splits, lengths)
     tiles = (left, right, last, rope)
     full = (left_full, right_full, last_full)
-    out_strides = (stride_ot, stride_on, stride_os)
+    empty = (left_empty, right_empty, last_empty)
+    near = (left, left), (left_empty, left_empty)
+    far = (right, last), (right_empty, last_empty)
+    shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full)
+    scale = sm_scale * LOG2E
+    out_right = out_ptr + HALF
+    CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL)
     gl.warp_specialize(
         [
-            (
-                _scores,
-                (
-                    q_nope_ptr,
-                    q_pe_ptr,
-                    lse_ptr,
-                    work,
-                    sm_scale * LOG2E,
-                    (stride_qt, stride_qn, stride_pt, stride_pn),
-                    q_smem,
-                    q_pe_smem,
-                    tiles,
-                    full,
-                    p_smem,
-                    fade_smem,
-                    sum_smem,
-                    p_full,
-                    p_empty,
-                    sum_full,
-                    N,
-                    PAGE_SIZE,
-                    CAUSAL,
-                    SPLIT,
-                ),
-            ),
-            (
-                _values,
-                (
-                    out_ptr,
-                    work,
-                    out_strides,
-                    (left, left),
-                    (left_empty, left_empty),
-                    p_smem,
-                    fade_smem,
-                    sum_smem,
-                    p_full,
-                    p_empty,
-                    sum_full,
-                    N,
-                    PAGE_SIZE,
-                    CAUSAL,
-                    LEFT,
-                    True,
-                ),
-            ),
-            (
-                _values,
-                (
-                    out_ptr + HALF,
-                    work,
-                    out_strides,
-                    (right, last),
-                    (right_empty, last_empty),
-                    p_smem,
-                    fade_smem,
-                    sum_smem,
-                    p_full,
-                    p_empty,
-                    sum_full,
-                    N,
-                    PAGE_SIZE,
-                    CAUSAL,
-                    RIGHT,
-                    False,
-                ),
-            ),
-            (
-                _gather,
-                (
-                    kv_c_ptr,
-                    k_pe_ptr,
-                    table_ptr,
-                    work,
-                    (stride_cp, stride_cs, stride_kp, stride_ks, stride_table),
-                    tiles,
-                    full,
-                    (left_empty, right_empty, last_empty),
-                    N,
-                    PAGE_SIZE,
-                    CAUSAL,
-                    ALIKE,
-                ),
-            ),
+            (_scores, (work, CALL, queries, q_strides, scale, lse_ptr, tiles, full, shared, SPLIT)),
+            (_values, (work, CALL, out_ptr, out_strides, near[0], near[1], shared, LEFT, True)),
+            (_values, (work, CALL, out_right, out_strides, far[0], far[1], shared, RIGHT, False)),
+            (_gather, (work, CALL, caches, cache_strides, tiles, full, empty, ALIKE)),
         ],
         [4, 4, 4],
         REGISTERS,
