@@ -60,9 +60,7 @@ def _fade_asm(n):
 
 FADED: gl.constexpr = gl.constexpr(32)  # accumulators an asm statement takes
 FADE_ASM: gl.constexpr = gl.constexpr(_fade_asm(32))
-FADE_OPERANDS: gl.constexpr = gl.constexpr(
-    ",".join(["=f"] * 32 + [*map(str, range(32))] + ["f"] * 32)
-)
+FADE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [*map(str, range(32))] + ["f"] * 32))
 
 
 @gluon.constexpr_function
@@ -89,7 +87,7 @@ def _exp2(x):
 def _fade(acc, factor):
     acc, factor = gl.broadcast(acc, factor[:, None])
     return gl.inline_asm_elementwise(
-        FADE_ASM, FADE_OPERANDS, [acc, factor], dtype=gl.float32, is_pure=True, pack=FADED
+        FADE_ASM, FADE_TIES, [acc, factor], dtype=gl.float32, is_pure=True, pack=FADED
     )
 
 
