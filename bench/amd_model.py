@@ -169,12 +169,6 @@ class Recorded(Emulated):
     """A stand-in that keeps what the model needs of the binary it runs."""
 
     tiles: Tiles
-    __hash__ = object.__hash__
-
-    @property
-    def arg_names(self) -> list[str]:
-        names: list[str] = self.function.arg_names
-        return names
 
     def _launch(
         self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]

@@ -78,7 +78,8 @@ def compile_split(arch: str, config: Config, types: dict[str, str], page_size: i
     types = {"sm_scale": "fp32", "mask_fill": "fp32", "lse_ptr": "*fp32", **types}
     kernel = decode._stage1(config.kernel)
     constants = {name: constants[name] for name in constants if name in kernel.arg_names}
-    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    stages = config.num_stages - (config.table_stage and page_size == 0)
+    launch = {"num_warps": config.num_warps, "num_stages": stages}
     return compile_kernel(arch, kernel, types, constants, {**launch, **dict(config.options)})
 
 

@@ -161,7 +161,7 @@ def test_num_splits_on_an_h200(programs: int, context: int, least: int, most: in
     ("arch", "units", "heads", "expected"),
     [
         pytest.param("gfx942", 304, 128, 1, id="MI300X-128-heads"),
-        pytest.param("gfx942", 304, 16, 5, id="MI300X-16-heads-two-or-three-programs-a-unit"),
+        pytest.param("gfx942", 304, 16, 7, id="MI300X-16-heads-three-programs-a-unit"),
         pytest.param("gfx950", 256, 128, 1, id="MI355X-128-heads-one-program-a-unit"),
         pytest.param("gfx950", 256, 16, 3, id="MI355X-16-heads-no-more-partials-than-HBM-is-worth"),
     ],

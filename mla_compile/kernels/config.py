@@ -21,6 +21,7 @@ class Config:
     per_unit: int = 1  # programs a compute unit holds at once
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
     combine: float = 1 / 60  # tile-times of a program's partials, written and read back
+    table_stage: bool = False  # a stage is for the page table: without one, one stage less
     reload_v: bool = False  # load the K_c tile a second time as V
     options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
 
@@ -57,7 +58,16 @@ HALF: dict[str, tuple[Config, ...]] = {
         # A second load gives K and V each their own direct-to-LDS layout: 5.6 K -> 3.6 K clocks a
         # tile, for 143 KB of 160 KB LDS.
         Config(block_m=16, block_n=32, num_warps=2, num_stages=2, reload_v=True, options=_CDNA4),
-        Config(block_m=64, block_n=32, num_warps=4, num_stages=3, reload_v=True, options=_CDNA4),
+        # With three stages and no table there would be three tiles, 210 KB.
+        Config(
+            block_m=64,
+            block_n=32,
+            num_warps=4,
+            num_stages=3,
+            table_stage=True,
+            reload_v=True,
+            options=_CDNA4,
+        ),
     ),
     # Before Triton 3.8 nothing goes direct to LDS, and the second load spills 90 registers.
     "gfx950-3.7": (
@@ -74,14 +84,14 @@ _CDNA3_16 = Config(
     num_warps=2,
     kernel="cdna3",
     per_unit=2,
-    stream=1 / 580,
-    combine=1 / 160,
+    stream=1 / 780,
+    combine=1 / 220,
     options=_FUSED,
 )
-_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 280)
+_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 290, combine=1 / 160)
 GLUON: dict[str, tuple[Config, ...]] = {
     "gfx942": (
-        # 3.2 K clocks for three programs at once; 32 keys of 4 waves 3.6 K for one.
+        # 4.4 K clocks for three programs at once, 91 a key; 32 keys of 4 waves 110 a key.
         replace(_CDNA3_16, per_unit=3, options=_ILP),
         # 4.9 K; 8 waves 4.9-5.1 K; the next tile loaded before QK instead of after it 5.0 K.
         Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_ILP),
@@ -92,7 +102,7 @@ GLUON: dict[str, tuple[Config, ...]] = {
         Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_FUSED),
     ),
     "gfx950": (
-        # Two of these fit a unit; 64 keys of 4 waves fit once and are a quarter slower.
+        # 3.3 K for two at once, 52 a key; 64 keys of 4 waves 57 a key.
         replace(_CDNA4_16, options=_ILP),
         # 5.2 K; 8 waves 5.7 K. Two tiles are 158 of 160 KB LDS.
         Config(block_m=64, block_n=64, num_warps=4, kernel="cdna4", options=_ILP),
@@ -103,6 +113,14 @@ GLUON: dict[str, tuple[Config, ...]] = {
         Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_FUSED),
     ),
 }
+
+# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value; at 32 keys a tile of
+# 64 rows spills 146 registers to memory, at 16 none.
+_GFX942_BYTE = (
+    _GFX942[0],
+    Config(block_m=64, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
+)
+BYTE = {"gfx942": _GFX942_BYTE, "gfx942-3.7": _GFX942_BYTE}
 
 # fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it.
 FULL: dict[str, tuple[Config, ...]] = {
@@ -161,6 +179,8 @@ def choose(
 def pick(arch: str, *, rows: int, Lkv: int, q_bytes: int, kv_bytes: int) -> Config:
     """The portable tile for `rows` query rows of a sequence; sizes in bytes of one element."""
     table = (FULL if max(q_bytes, kv_bytes) > 2 else HALF).get(arch, FALLBACK)
+    if kv_bytes == 1:
+        table = BYTE.get(arch, table)
     if Lkv > 512:  # the tables are sized for DeepSeek's 512
         table = FALLBACK
     return _fitting(table, rows)

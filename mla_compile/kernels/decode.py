@@ -326,6 +326,6 @@ def _split(
             "BLOCK_R": max(16, ceil_pow2(dims.R)),
         },
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=config.num_stages - (config.table_stage and cache.table is None),
         **dict(config.options),
     )

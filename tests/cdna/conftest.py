@@ -1,4 +1,4 @@
-"""One compiler for the whole run, and how many binaries it ran them on."""
+"""One compiler for the whole run; how many binaries were executed, how many mutations noticed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from tests.cdna.compiler import Compiler, Request
 
 RUNS = pytest.StashKey[Counter[Request]]()
+SCORE = pytest.StashKey[Counter[tuple[str, str]]]()
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +38,7 @@ def pytest_terminal_summary(
             f"{arch}: executed {len(of_arch)} binaries ({counts}), "
             f"{sum(of_arch.values()):,} wave instructions"
         )
+    score = config.stash.get(SCORE, Counter[tuple[str, str]]())
+    for kind in sorted({kind for kind, _ in score}):
+        noticed, tried = score[kind, "noticed"], score[kind, "tried"]
+        terminalreporter.write_line(f"mutations: {noticed} of {tried} {kind} missing were noticed")

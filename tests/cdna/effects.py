@@ -22,6 +22,7 @@ ACCUMULATES = re.compile(r"v_(fmac|mac|dot2c)_|s_(addk|mulk)_|s_cmovk?_")
 MERGES = re.compile(
     r"v_writelane|v_cvt_(scalef32_)?pk_(fp8|bf8)_|v_fma_mix(lo|hi)|(load|read)_.*d16|s_bitset"
 )
+COPIES = re.compile(r"v_mov_b(32|64)|v_accvgpr_|s_mov_b|scratch_store")
 MULTIPLY_ADD64 = ("v_mad_u64_u32", "v_mad_i64_i32")
 ATOMIC = re.compile(r"(global|flat|buffer)_atomic_")
 
@@ -32,6 +33,7 @@ class Effects:
     writes: frozenset[int]
     merges: frozenset[int]  # destinations of which a part stays as it was
     unneeded: frozenset[int]  # sources that compilers leave undefined where only low bits matter
+    copies: bool  # undefined values may pass: register allocators move whole registers
     counter: str  # "vm" vector memory, "lds", "smem", or "" where the result is there at once
     to_lds: bool  # a load that writes LDS instead of registers
 
@@ -65,6 +67,7 @@ def effects(i: Instruction) -> Effects:
         frozenset(writes),
         frozenset(writes) if merged else frozenset(),
         frozenset({operands[4].regs[1]} if name in MULTIPLY_ADD64 and operands[4].regs else ()),
+        bool(COPIES.match(name)),
         _counter(name),
         to_lds,
     )

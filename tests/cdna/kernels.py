@@ -20,7 +20,7 @@ WRITTEN = ("out_ptr", "lse_ptr")  # every other pointer is read-only
 FORMATS = {"fp32": "f", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "i1": "?"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Emulated:
     """The kernel `function`, compiled for `arch`."""
 
@@ -30,6 +30,11 @@ class Emulated:
     large: bool = False  # as if every tensor were a view of a large storage
     planned: list[Request] | None = None  # note what would be compiled, run nothing
     runs: Counter[Request] = field(default_factory=Counter)  # wave instructions by binary
+
+    @property
+    def arg_names(self) -> list[str]:
+        names: list[str] = self.function.arg_names
+        return names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **options: self._launch(grid, arguments, options)
@@ -45,7 +50,7 @@ class Emulated:
         if self.planned is not None:
             self.planned.append(request)
             return
-        values = dict(zip(self.function.arg_names, arguments, strict=False)) | options
+        values = dict(zip(self.arg_names, arguments, strict=False)) | options
         self.runs[request] += execute(binary.result(), self.arch, grid, values)
 
     def _describe(self, argument: Any) -> Any:

@@ -243,13 +243,18 @@ class Machine:
                     raise NotWaited(f"{_name(reg)} waits for a load ({name}) that no wait retired")
 
     def _check_blank(self, e: Effects) -> None:
+        defined = np.ones(self.count, bool)
         for reg in self.blank & (e.reads - e.merges - e.unneeded):
-            if not self.written[reg, self.at].all():
-                raise Uninitialised(f"{_name(reg)} was never written")
-        for reg in self.blank & e.writes:
-            self.written[reg, self.at] = True
+            defined &= self.written[reg, self.at]
+        if not defined.all() and not e.copies:
+            blank = ", ".join(map(_name, self.blank & e.reads))
+            raise Uninitialised(f"{blank} was never written")
+        for reg in e.writes:
+            self.written[reg, self.at] = defined
             if self.written[reg].all():
                 self.blank.discard(reg)
+            else:
+                self.blank.add(reg)
 
     def issue(self, counter: str, registers: list[int]) -> Array:
         """Count an operation; its result registers are due when it is retired."""
