@@ -34,7 +34,7 @@ from bench.common import RESULTS, provenance, table, write
 from bench.cu import GPUS, Gpu, Step, Traffic, clocks, resident, steps, watching
 from mla_compile.kernels import decode
 from mla_compile.kernels.combine import combine_kernel
-from mla_compile.kernels.config import num_splits, tuned_arch
+from mla_compile.kernels.config import choose, num_splits, tuned_arch
 from mla_compile.validate import validate
 from tests.cases import Case, build, outputs
 from tests.cdna.asm import parse
@@ -169,12 +169,6 @@ class Recorded(Emulated):
     """A stand-in that keeps what the model needs of the binary it runs."""
 
     tiles: Tiles
-    __hash__ = object.__hash__
-
-    @property
-    def arg_names(self) -> list[str]:
-        names: list[str] = self.function.arg_names
-        return names
 
     def _launch(
         self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
@@ -210,7 +204,7 @@ def our_tiles(
     problem = build(Case("model", lens=(330,), N=N, Lkv=LKV, R=R, page_size=page))
     out, lse = outputs(problem)
     call = validate(*problem.args, **problem.options)
-    recorded = []
+    recorded: list[Recorded] = []
 
     def stage1(name: str) -> Recorded:
         recorded.append(Recorded(real(name), arch, compiler, large=True))
@@ -230,7 +224,7 @@ def our_row(
 ) -> dict[str, Any]:
     gpu = GPUS[arch]
     with on(arch, pinned):
-        config, _ = decode.choose(
+        config, _ = choose(
             tuned_arch(arch, triton.__version__),
             rows=shape.N,
             Lkv=LKV,

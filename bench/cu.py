@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 
+from tests.cdna import access
 from tests.cdna import launch as emulator
 from tests.cdna.asm import SGPR, Instruction, Kernel
 from tests.cdna.effects import effects
@@ -69,7 +70,7 @@ class _Observer:
     """The emulator's memory semantics, watched."""
 
     def __init__(self, traffic: Traffic) -> None:
-        self.traffic, self.real, self.watched = traffic, emulator.access, False
+        self.traffic = traffic
         self.at = -1
         self.index: dict[int, int] = {}
 
@@ -77,7 +78,7 @@ class _Observer:
         if not self.index:
             self.index = {id(x): n for n, x in enumerate(m.kernel.instructions)}
             self._watch(m)
-        step = self.real.build(m, i)
+        step = access.build(m, i)
         if step is None:
             return None
         number = self.index[id(i)]
@@ -228,7 +229,6 @@ class _Wave:
         self.ready: dict[int, float] = defaultdict(float)
         self.chained: dict[int, float] = {}  # when an MFMA can take the register as accumulator
         self.under_way: dict[str, deque[float]] = {"vm": deque(), "lgkm": deque()}
-        self.ends: list[float] = []
 
 
 class _Unit:
@@ -287,10 +287,17 @@ def _issue(s: Step, w: _Wave, u: _Unit, now: float) -> float:
     return now + (s.clocks if s.pipe in ("valu", "scalar") else 4)
 
 
-def clocks(loop: list[Step], waves: int, workgroups: int = 1, turns: int = 5) -> float:
+def clocks(loop: list[Step], waves: int, workgroups: int = 1) -> float:
     """Of a turn of the loop, in the steady state, with `workgroups` of `waves` on one unit."""
+    return (_finish(loop, waves, workgroups, 7) - _finish(loop, waves, workgroups, 3)) / 4
+
+
+def _finish(loop: list[Step], waves: int, workgroups: int, turns: int) -> float:
+    """When all waves have run the loop so many times."""
+    finish = 0.0
     unit, all_waves = _Unit(), [_Wave(n) for n in range(waves * workgroups)]
     arrived: list[list[tuple[float, _Wave]]] = [[] for _ in range(workgroups)]
+    # Of waves that could issue at once the oldest does, as in hardware.
     events = [(50.0 * (w.number // 4), w.number) for w in all_waves]
     while events:
         now, number = heapq.heappop(events)
@@ -304,7 +311,7 @@ def clocks(loop: list[Step], waves: int, workgroups: int = 1, turns: int = 5) ->
         w.at += 1
         if w.at == len(loop):
             w.at, w.turn = 0, w.turn + 1
-            w.ends.append(follow)
+            finish = max(finish, follow)
             follow += BRANCH
         freed = [(follow, w)]
         if s.pipe == "barrier":
@@ -318,7 +325,7 @@ def clocks(loop: list[Step], waves: int, workgroups: int = 1, turns: int = 5) ->
         for at, other in freed:
             if other.turn < turns:
                 heapq.heappush(events, (at, other.number))
-    return float(np.mean([(w.ends[-1] - w.ends[1]) / (turns - 2) for w in all_waves]))
+    return finish
 
 
 def resident(kernel: Kernel, gpu: Gpu, waves: int, lds: int) -> int:

@@ -16,6 +16,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from mla_compile.kernels import decode
+from mla_compile.kernels.cdna3 import cdna3_kernel
+from mla_compile.kernels.cdna4 import cdna4_kernel
 from mla_compile.kernels.combine import combine_kernel
 from mla_compile.kernels.split import split_kernel
 from mla_compile.validate import validate
@@ -23,6 +25,7 @@ from mla_compile.validate import validate
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, float]
 
 
+KERNELS = (split_kernel, cdna3_kernel, cdna4_kernel, combine_kernel)
 ARCHS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -57,7 +60,7 @@ class Binary(CompiledKernel):  # type: ignore[misc]
 def stub(arch: str, launched: Callable[..., None]) -> None:
     """Let the op plan for a GPU of 132 compute units, and launch CPU tensors on nothing."""
     driver.set_active(Driver(ARCHS[arch]))
-    for kernel in (split_kernel, combine_kernel):
+    for kernel in KERNELS:
         assert kernel.device_caches[0]  # made at first sight, and sets the compiler
         kernel.compile = lambda source, **options: Binary(source, launched)
     replaced = {
@@ -77,7 +80,7 @@ def dense(B: int = 1, N: int = 128, Skv: int = 4096) -> Inputs:
 def microseconds(fn: Callable[[], object]) -> float:
     """CPU time of this thread, in the quietest of many short runs."""
     fn()
-    return min(timeit.repeat(fn, timer=time.thread_time, number=50, repeat=200)) / 50 * 1e6
+    return min(timeit.repeat(fn, timer=time.thread_time, number=50, repeat=100)) / 50 * 1e6
 
 
 def main() -> None:

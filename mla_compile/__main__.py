@@ -17,7 +17,7 @@ def demo(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
 
 
 def explain(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
-    from mla_compile.report import Report, run_script
+    from mla_compile.report import reporting, run_script
 
     parser.description = "Run a script with the pass in all that it compiles, and report."
     parser.add_argument("--save", metavar="REPORT.html", help="also write a page with pictures")
@@ -26,13 +26,13 @@ def explain(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if not Path(args.script).is_file():
         parser.error(f"there is no script {args.script}")
-    report = Report()
-    try:
-        run_script(report, args.script, args.arguments)
-    finally:  # what was seen up to an error or exit is worth telling, too
-        print(report)
-        if args.save:
-            report.save(args.save)
+    with reporting() as report:
+        try:
+            run_script(args.script, args.arguments)
+        finally:  # what was seen up to an error or exit is worth telling, too
+            print(report)
+            if args.save:
+                report.save(args.save)
     return 0
 
 

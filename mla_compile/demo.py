@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, StaticCache
 from transformers.cache_utils import StaticLayer
 
-import mla_compile
+from mla_compile.report import reporting
 
 START = time.perf_counter()
 PASSES = 3  # over the same tokens: a median of so few steps would follow a busy machine
@@ -222,11 +222,8 @@ def main(args: argparse.Namespace) -> int:
 
     cache = make_cache(config, latents, args.tokens)
     plain = compile_and_decode(model, cache, inputs, args.context, "inductor")
-    with progress("explain"):
-        step = {"input_ids": inputs[0][:, None], "past_key_values": cache, "use_cache": True}
-        found = mla_compile.explain(model, **step)
-    rewind(cache, args.context)
-    ours = compile_and_decode(model, cache, inputs, args.context, "mla")
+    with reporting() as found:
+        ours = compile_and_decode(model, cache, inputs, args.context, "mla")
 
     rewritten = len(found.sites)
     print(report(plain, ours, exact, rewritten, rewritten + len(found.misses)))

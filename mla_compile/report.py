@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Rewritten:
     mask: str
     scale: float  # the softmax scale, without factors already in the queries
     op: str
+    kernel: str  # of this machine's GPU, and why; '' on a CPU
     dims: dict[str, Any]  # by the names of DESIGN.md's symbol table; values may be symbolic
     saves: dict[str, str]
     before: str = field(repr=False)  # inline SVG
@@ -50,6 +52,7 @@ class Rewritten:
             "scale": f"{self.scale:.6g}",
             "sizes": ", ".join(f"{name}={size}" for name, size in self.dims.items()),
             "became": self.op,
+            "kernel": self.kernel,
             **self.saves,
         }
         return {k: v for k, v in rows.items() if v}
@@ -89,7 +92,7 @@ class Report:
 
     def title(self) -> str:
         if not self.graphs:
-            return "nothing was compiled: there is no torch.compile by Inductor in what ran"
+            return "nothing was compiled: wrap the model in torch.compile, or pass it to explain()"
         counts = f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"
         return f"{counts}, {self.graphs} graph(s), {len(self.breaks)} graph break(s)"
 
@@ -122,8 +125,8 @@ class Recorder(MLAPass):
     configuration that holds it, for a copy would report to nobody.
     """
 
-    def __init__(self, report: Report, previous: Sequence[Callable[[Graph], None]] = ()):
-        super().__init__(previous, record=self.note)
+    def __init__(self, report: Report):
+        super().__init__(record=self.note)
         self.report = report
         self.told = len(graph_breaks())
         self.ops: dict[str, Op] = {}  # of the graph at hand, before the pass
@@ -237,11 +240,32 @@ def rewritten(
         mask=site.mask,
         scale=site.latent.scale,
         op="mla_compile::mla_decode" + (" with W_UK and W_UV absorbed" if site.expanded else ""),
+        kernel=kernel(site),
         dims=site.dims,
         saves=saving(site.dims, site.expanded),
         before=svg(old, names),
         after=svg([*(after[name] for name in inputs), *new], names),
     )
+
+
+def kernel(site: MLASite) -> str:
+    value = site.latent.key.node.meta["val"]
+    if value.device.type != "cuda":
+        return ""
+    from mla_compile.kernels.decode import configure_for  # imports Triton
+
+    dims = site.dims
+    rows = dims["Sq"] * dims["N"]
+    config, why = configure_for(
+        value.device,
+        rows=rows if isinstance(rows, int) else 64,
+        Lkv=dims["Lkv"],
+        R=dims["R"],
+        q_bytes=value.element_size(),
+        kv_bytes=value.element_size(),
+        rare="attn_mask" if site.masks else "",
+    )
+    return f"{config.kernel}, {config.block_m} rows × {config.block_n} keys: {why}"
 
 
 def roles(site: MLASite) -> dict[str, str]:
@@ -262,27 +286,36 @@ def roles(site: MLASite) -> dict[str, str]:
     return {name: ", ".join(names) for name, names in found.items()}
 
 
+@contextmanager
+def reporting() -> Iterator[Report]:
+    """Put the pass into what is compiled meanwhile, and report on every attention in it.
+
+    No graph is taken from Inductor's caches, for such a graph never meets the pass.
+    """
+    report = Report()
+    with config.patch(joint_custom_pre_pass=Recorder(report)):
+        yield report
+
+
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile `fn` with the pass, run it once without grad, and report on every attention in it.
 
     The run is real: a cache among the arguments is written to.  What Dynamo had compiled is
-    forgotten, and no graph is taken from Inductor's caches, for such a graph never meets the pass.
+    forgotten.
     """
-    report = Report()
     torch._dynamo.reset()
-    with config.patch(joint_custom_pre_pass=Recorder(report)), torch.no_grad():
+    with reporting() as report, torch.no_grad():
         torch.compile(fn)(*args, **kwargs)
     torch._dynamo.reset()
     return report
 
 
-def run_script(report: Report, path: str, arguments: Sequence[str]) -> None:
-    """Run a script as `python path arguments` would, with the pass in all that it compiles."""
+def run_script(path: str, arguments: Sequence[str]) -> None:
+    """Run a script as `python path arguments` would."""
     argv, sys.argv = sys.argv, [path, *arguments]
     sys.path.insert(0, str(Path(path).resolve().parent))
     try:
-        with config.patch(joint_custom_pre_pass=Recorder(report)):
-            runpy.run_path(path, run_name="__main__")
+        runpy.run_path(path, run_name="__main__")
     finally:
         sys.argv = argv
         sys.path.pop(0)

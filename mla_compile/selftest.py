@@ -1,9 +1,9 @@
-"""Is the op right here, and how fast? Runs the installed op on this machine's device, prints a table
+"""Is the op right here, and how fast? Runs the installed op on this machine's device, prints tables
 and writes all of it as JSON, to be sent back from hardware the project has not seen.
 
 Every case is compared with float64; the error allowed is twice what plain PyTorch makes in the same
-dtype. Cache slots that no sequence owns hold NaN. The benchmark is that of AITER's MLA tutorial, with
-AITER's own kernel beside ours where it is installed.
+dtype. Cache slots that no sequence owns hold NaN. The benchmark is that of AITER's MLA tutorial,
+with AITER's own kernel beside ours where it is installed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 import triton
 from torch import Tensor
 
+import mla_compile.kernels.decode as decode
 from mla_compile import ops
-from mla_compile.kernels import decode
 from mla_compile.paged import build_csr
 from mla_compile.validate import validate
 
@@ -102,7 +102,7 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
     picked = None
     if device.type == "cuda":
         config, why = decode.configure(validate(*inputs, **options))
-        picked = f"{config.kernel} {config.block_m}×{config.block_n}: {why}"
+        picked = f"{config.kernel}, {config.block_m} rows × {config.block_n} keys: {why}"
     out, _ = ops.mla_decode(*inputs, **options)
     truth = plain(case, q.double(), pool, pages, scale)
     allowed = 2 * (plain(case, here, cache, pages, scale).cpu() - truth).abs().max().item()

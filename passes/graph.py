@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
@@ -50,16 +50,43 @@ RENAMES = frozenset(
 )
 
 
+SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default})
+# Writes into a copy of their first argument.
+WRITES = frozenset(
+    {aten.index_put.default, aten.slice_scatter.default, aten.select_scatter.default}
+)
+
+
+def readers(node: Node) -> list[Node]:
+    """The users of a node that read its elements, not only its size."""
+    return [user for user in node.users if user.target not in SIZES]
+
+
+def measure_inputs(graph: Graph) -> None:
+    """Ask the graph's inputs for the sizes that they have, so that no intermediate is kept for it."""
+    measured: dict[Any, tuple[Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        for dim, n in enumerate(shape(node) if is_tensor(node) else ()):
+            if isinstance(n, torch.SymInt):
+                measured.setdefault(n.node.expr, (node, dim))
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt) and value.node.expr in measured:
+            node.args = measured[value.node.expr]
+
+
 def true(condition: bool | torch.SymBool) -> bool:
     return bool(statically_known_true(condition))
 
 
 def equal(a: Size, b: Size) -> bool:
-    return true(a == b)
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return a is b or true(a == b)
 
 
 def divides(a: Size, b: Size) -> bool:
-    return true(b % a == 0)
+    return equal(b % a, 0)
 
 
 def plain(n: Size) -> Size:
@@ -69,12 +96,17 @@ def plain(n: Size) -> Size:
     return n
 
 
+def hint(n: Size) -> int:
+    """The size that was seen when the graph was traced; for choices that are right at any size."""
+    return n if isinstance(n, int) else n.node.hint or 0
+
+
 def shape(node: Node) -> tuple[Size, ...]:
     return tuple(node.meta["val"].shape)
 
 
 def dtype(node: Node) -> torch.dtype:
-    return node.meta["val"].dtype  # type: ignore[no-any-return]
+    return node.meta["val"].dtype
 
 
 def is_tensor(value: Any) -> bool:
@@ -87,7 +119,7 @@ def is_scalar_tensor(value: Any) -> bool:
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
     """An argument of an ATen call by its schema name; a SymInt argument as its value."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     position = names.index(name)
     value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
     if isinstance(value, Node) and not is_tensor(value):
@@ -115,5 +147,5 @@ def constant(value: Any) -> float | None:
 def strip(node: Node) -> Node:
     """The tensor behind views of all of it and casts."""
     while node.op == "call_function" and (node.target in RENAMES or node.target in CASTS):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.host import Inputs, dense, stub
+from bench.host import KERNELS, Inputs, dense, stub
 from mla_compile.kernels import decode
-from mla_compile.kernels.combine import combine_kernel
-from mla_compile.kernels.split import split_kernel
 
 B, N, SKV = 2, 32, 256
 WORKSPACE = torch.empty(2**20)
@@ -107,7 +105,8 @@ def main() -> None:
     decode._plans.clear()
     together = {name: launches(name) for name in cases}
     plans = len(decode._plans)
-    split_kernel.run = combine_kernel.run = None  # Triton's own launch is out of reach from here
+    for kernel in KERNELS:
+        kernel.run = None  # Triton's own launch is out of reach from here
     again = {name: launches(name) for name in cases}
     report = {
         "same": {name: alone[name] == together[name] == again[name] for name in cases},

@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mla_compile import report
 from mla_compile.dims import Dims
+from mla_compile.kernels import decode
 from mla_compile.kernels.config import (
     FALLBACK,
     FULL,
@@ -107,6 +111,28 @@ def test_an_fp8_cache_under_bf16_picks_as_bf16_does() -> None:
     assert pick("sm90", rows=64, Lkv=512, q_bytes=2, kv_bytes=1) == HALF["sm90"][1]
 
 
+@pytest.mark.parametrize(
+    ("masks", "pin", "expected"),
+    [
+        ((), "", "cdna4, 64 rows × 64 keys: the table of gfx950"),
+        ((), "portable", "portable, 64 rows × 32 keys: pinned"),
+        (("mask",), "", "portable, 64 rows × 32 keys: cdna4 lacks attn_mask"),
+    ],
+)
+def test_explain_says_which_kernel_a_gpu_runs_and_why(
+    masks: tuple[str, ...], pin: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_device", lambda _: ("gfx950", 256))
+    monkeypatch.setenv("MLA_COMPILE_KERNEL", pin)
+    value = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
+    site = SimpleNamespace(
+        latent=SimpleNamespace(key=SimpleNamespace(node=SimpleNamespace(meta={"val": value}))),
+        dims={"Sq": 1, "N": 128, "Lkv": 512, "R": 64},
+        masks=masks,
+    )
+    assert report.kernel(site) == expected  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("table", [*HALF.values(), *FULL.values(), *GLUON.values(), FALLBACK])
 def test_configs_rise_in_rows(table: tuple[Any, ...]) -> None:
     rows = [config.block_m for config in table]
@@ -135,7 +161,7 @@ def test_num_splits_on_an_h200(programs: int, context: int, least: int, most: in
     ("arch", "units", "heads", "expected"),
     [
         pytest.param("gfx942", 304, 128, 1, id="MI300X-128-heads"),
-        pytest.param("gfx942", 304, 16, 5, id="MI300X-16-heads-two-or-three-programs-a-unit"),
+        pytest.param("gfx942", 304, 16, 7, id="MI300X-16-heads-three-programs-a-unit"),
         pytest.param("gfx950", 256, 128, 1, id="MI355X-128-heads-one-program-a-unit"),
         pytest.param("gfx950", 256, 16, 3, id="MI355X-16-heads-no-more-partials-than-HBM-is-worth"),
     ],
@@ -196,6 +222,13 @@ def test_the_plain_bf16_path_does_not_spill(compiled: list[dict[str, Any]]) -> N
     assert len(plain) == 3 * 3
     for row in plain:
         assert row["spilled"] == 0, row
+
+
+def test_no_gluon_kernel_spills(compiled: list[dict[str, Any]]) -> None:
+    gluon = [row for row in compiled if row["path"].startswith("cdna")]
+    assert len(gluon) == 2 * 2 * 2
+    for row in gluon:
+        assert row["spilled"] == 0 and row["matrix"] > 0, row
 
 
 def test_the_plain_bf16_path_uses_matrix_units(compiled: list[dict[str, Any]]) -> None:

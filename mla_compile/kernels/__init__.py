@@ -1,1 +1,1 @@
-"""Portable Triton kernels: `split` is stage 1, `combine` stage 2, `decode` launches them."""
+"""Stage 1: `split` in portable Triton, `cdna3` and `cdna4` in Gluon. Stage 2: `combine`."""

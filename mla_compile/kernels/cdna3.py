@@ -1,10 +1,10 @@
 """Stage 1 for CDNA3 (gfx942): one LDS tile is K and V, and V is transposed in registers.
 
 LDS has room for one tile of 64 + 512 columns; the next waits in registers. Q · Kᵀ reads it as it
-lies. P · V wants it transposed, which LDS here can give only two bytes at a time. So each lane reads
-16 bytes of each of 4 keys, and takes what it then holds for the operand of 8 matrix instructions:
-their columns are 8 apart in V. The columns of the accumulator are permuted likewise, and are put in
-order, by renaming registers alone, when it is stored.
+lies. P · V wants it transposed, which LDS here can give only two bytes at a time. So each lane
+reads 16 bytes of each of 4 keys, and takes what it then holds for the operand of 8 matrix
+instructions: their columns are 8 apart in V. The columns of the accumulator are permuted likewise,
+and are put in order, by renaming registers alone, when it is stored.
 """
 
 from triton.experimental import gluon
@@ -19,7 +19,7 @@ MFMA: gl.constexpr = gl.constexpr(16)  # its columns
 
 @gluon.constexpr_function
 def value_layout(block_n, num_warps):
-    """[BLOCK_N, LKV] of V as read: which bit of key and column each register, lane and wave bit is."""
+    """[BLOCK_N, LKV] of V as read: the bit of key or column of each register, lane and wave bit."""
 
     def keys(first, end):
         return [[1 << i, 0] for i in range(first, end)]
@@ -78,10 +78,10 @@ def cdna3_kernel(
 ):
     W: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
-    C: gl.constexpr = cdna.tile_layout(LKV, W)
-    E: gl.constexpr = cdna.tile_layout(R, W)
-    S: gl.constexpr = cdna.score_layout(3, BLOCK_M, W)
-    A: gl.constexpr = cdna.out_layout(3, W)
+    C: gl.constexpr = cdna.tile_layout(LKV, W)  # of kv_c, in memory
+    E: gl.constexpr = cdna.tile_layout(R, W)  # of k_pe, in memory
+    S: gl.constexpr = cdna.score_layout(3, BLOCK_M, W)  # of scores
+    A: gl.constexpr = cdna.out_layout(3, W)  # of the accumulator
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
     Q: gl.constexpr = gl.DotOperandLayout(0, S, WIDE)
     K: gl.constexpr = gl.DotOperandLayout(1, S, WIDE)

@@ -55,10 +55,10 @@ def cdna4_kernel(
 ):
     W: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
-    C: gl.constexpr = cdna.tile_layout(LKV, W)
-    E: gl.constexpr = cdna.tile_layout(R, W)
-    S: gl.constexpr = cdna.score_layout(4, BLOCK_M, W)
-    A: gl.constexpr = cdna.out_layout(4, W)
+    C: gl.constexpr = cdna.tile_layout(LKV, W)  # of kv_c, in memory
+    E: gl.constexpr = cdna.tile_layout(R, W)  # of k_pe, in memory
+    S: gl.constexpr = cdna.score_layout(4, BLOCK_M, W)  # of scores
+    A: gl.constexpr = cdna.out_layout(4, W)  # of the accumulator
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
     Q: gl.constexpr = gl.DotOperandLayout(0, S, WIDE)
     K: gl.constexpr = gl.DotOperandLayout(1, S, WIDE)

@@ -84,16 +84,16 @@ _CDNA3_16 = Config(
     num_warps=2,
     kernel="cdna3",
     per_unit=2,
-    stream=1 / 580,
-    combine=1 / 160,
+    stream=1 / 780,
+    combine=1 / 220,
     options=_FUSED,
 )
-_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 280)
+_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 290, combine=1 / 160)
 GLUON: dict[str, tuple[Config, ...]] = {
     "gfx942": (
-        # 3.2 K clocks for three programs at once; 32 keys of 4 waves 3.6 K for one.
+        # 4.4 K clocks for three programs at once, 91 a key; 32 keys of 4 waves 110 a key.
         replace(_CDNA3_16, per_unit=3, options=_ILP),
-        # 4.9 K; 8 waves 4.9-5.1 K. The next tile loaded after PV instead of before the softmax 5.2 K.
+        # 4.9 K; 8 waves 4.9-5.1 K; the next tile loaded before QK instead of after it 5.0 K.
         Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_ILP),
     ),
     "gfx942-3.7": (
@@ -102,7 +102,7 @@ GLUON: dict[str, tuple[Config, ...]] = {
         Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_FUSED),
     ),
     "gfx950": (
-        # Two of these fit a unit; 64 keys of 4 waves fit once and are a quarter slower.
+        # 3.3 K for two at once, 52 a key; 64 keys of 4 waves 57 a key.
         replace(_CDNA4_16, options=_ILP),
         # 5.2 K; 8 waves 5.7 K. Two tiles are 158 of 160 KB LDS.
         Config(block_m=64, block_n=64, num_warps=4, kernel="cdna4", options=_ILP),

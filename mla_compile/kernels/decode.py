@@ -81,6 +81,8 @@ class Plan:
         lse: Tensor,
         workspace: Tensor | None,
     ) -> None:
+        if not len(out):
+            return
         if self.combine is None:
             self.split(*inputs, out, lse, *optional)
             return
@@ -177,16 +179,20 @@ def _device(device: torch.device) -> tuple[str, int]:
 def configure(call: Call) -> tuple[Config, str]:
     """The config of a call on its device, and why."""
     dims = call.dims
-    return choose(
-        _device(call.q_nope.device)[0],
+    return configure_for(
+        call.q_nope.device,
         rows=dims.Sq * dims.N,
         Lkv=dims.Lkv,
         R=dims.R,
         q_bytes=call.q_nope.element_size(),
         kv_bytes=call.cache.kv_c.element_size(),
         rare=_rare(call),
-        pinned=os.environ.get("MLA_COMPILE_KERNEL"),
     )
+
+
+def configure_for(device: torch.device, **shape: Any) -> tuple[Config, str]:
+    """As `config.choose`, on a device and under the pin of the environment."""
+    return choose(_device(device)[0], pinned=os.environ.get("MLA_COMPILE_KERNEL"), **shape)
 
 
 def make_plan(
