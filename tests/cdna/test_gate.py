@@ -4,6 +4,7 @@ as theory wants them, registers within their golden limits."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import triton
@@ -14,6 +15,7 @@ from tests.cdna.limits import EXCEPTIONS, LIMITS, TRITON, breaches, judge
 from tests.cdna.shipped import MATRIX, Shipped, plan
 
 
+@cache
 def reports(shipped: Shipped, compiler: Compiler) -> list[Report]:
     return [report(r, compiler.submit(r).result()) for r in plan(shipped, compiler)]
 
