@@ -122,8 +122,8 @@ GLUON: dict[str, tuple[Config, ...]] = {
     ),
 }
 
-# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value; at 32 keys a tile of
-# 64 rows spills 146 registers to memory, at 16 none.
+# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value: 64 rows spill 146
+# registers to memory at 32 keys, none at 16.
 _GFX942_BYTE = (
     _GFX942[0],
     Config(block_m=64, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
