@@ -26,8 +26,8 @@ class Sizes:
 
     @property
     def longer(self) -> Sizes:
-        """One sequence and two pages more, for a graph with dynamic sizes."""
-        return replace(self, B=self.B + 1, Skv=self.Skv + 2 * PAGE)
+        """Other sizes for a graph with dynamic ones; a batch of one is never dynamic."""
+        return replace(self, B=self.B + (self.B > 1), Skv=self.Skv + 2 * PAGE)
 
 
 @dataclass
