@@ -55,11 +55,13 @@ def true(condition: bool | torch.SymBool) -> bool:
 
 
 def equal(a: Size, b: Size) -> bool:
-    return true(a == b)
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return a is b or true(a == b)
 
 
 def divides(a: Size, b: Size) -> bool:
-    return true(b % a == 0)
+    return equal(b % a, 0)
 
 
 def plain(n: Size) -> Size:
@@ -69,12 +71,17 @@ def plain(n: Size) -> Size:
     return n
 
 
+def hint(n: Size) -> int:
+    """The size that was seen when the graph was traced; for choices that are right at any size."""
+    return n if isinstance(n, int) else n.node.hint or 0
+
+
 def shape(node: Node) -> tuple[Size, ...]:
     return tuple(node.meta["val"].shape)
 
 
 def dtype(node: Node) -> torch.dtype:
-    return node.meta["val"].dtype  # type: ignore[no-any-return]
+    return node.meta["val"].dtype
 
 
 def is_tensor(value: Any) -> bool:
@@ -87,7 +94,7 @@ def is_scalar_tensor(value: Any) -> bool:
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
     """An argument of an ATen call by its schema name; a SymInt argument as its value."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     position = names.index(name)
     value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
     if isinstance(value, Node) and not is_tensor(value):
@@ -115,5 +122,5 @@ def constant(value: Any) -> float | None:
 def strip(node: Node) -> Node:
     """The tensor behind views of all of it and casts."""
     while node.op == "call_function" and (node.target in RENAMES or node.target in CASTS):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node

@@ -68,7 +68,14 @@ class Softmax:
         return frozenset(self.rows + self.time)
 
 
-Factor = Leaf | Softmax | Mask
+@dataclass(frozen=True, eq=False)
+class Capped:
+    """The factor tanh of the sum of `terms`: a soft cap."""
+
+    terms: tuple[Term, ...]
+
+
+Factor = Leaf | Softmax | Capped | Mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +128,8 @@ class Evaluator:
             return [Term((Leaf(node, index),))]
         labels = labels_of(index)
         timeless = not labels & self.time and node not in self.attention.path
+        if node is self.attention.root and self.attention.total is not None:
+            return self._divided(node, index)
         if read := self._relabel(node, index, timeless):
             return self.evaluate(*read, context)
         if source := self._cast(node, labels, context):
@@ -132,7 +141,7 @@ class Evaluator:
         if context is not Context.SCORE and self._stops(node, labels):
             return [Term((Leaf(node, index),))]
         if node.target is operator.getitem and node is self.attention.root:
-            return self._fused(node.args[0], index)  # type: ignore[arg-type]
+            return self._fused(node.args[0], index)
         if node.target in CONTRACTIONS or node.target is aten.sum.dim_IntList:
             self.expanded.add(node)
             return (
@@ -141,7 +150,7 @@ class Evaluator:
                 else self._reduction(node, index)
             )
         if node.target is aten.mul.Tensor and context is Context.PRODUCT:
-            a, b = (self.evaluate(x, broadcast(x, index)) for x in node.args)  # type: ignore[arg-type]
+            a, b = (self.evaluate(x, broadcast(x, index)) for x in node.args)
             return [x.times(y) for x in a for y in b]
         if context is Context.SCORE:
             if (
@@ -151,9 +160,11 @@ class Evaluator:
             ):
                 return [
                     t for x in node.args for t in self.evaluate(x, broadcast(x, index), context)
-                ]  # type: ignore[arg-type]
+                ]
             if node.target is aten.where.self and (masked := self._masked(node, index)) is not None:
                 return masked
+            if node.target is aten.tanh.default:
+                return [Term((Capped(tuple(self.evaluate(node.args[0], index, context))),))]
         return [Term((Leaf(node, index),))]
 
     def _stops(self, node: Node, labels: frozenset[Label]) -> bool:
@@ -164,14 +175,15 @@ class Evaluator:
         )
 
     def _relabel(self, node: Node, index: Index, timeless: bool) -> tuple[Node, Index] | None:
+        whole_cache = self.eliminate is not None and self._stops(node, labels_of(index))
         try:
             return relabel(node, index)
-        except Refine:
-            if timeless:
+        except Refine as refine:
+            if timeless or (whole_cache and refine.label in self.features):
                 return None
             raise
         except Segment as segment:
-            if timeless or segment.label not in self.features:
+            if timeless or whole_cache or segment.label not in self.features:
                 return None
             raise
 
@@ -190,7 +202,7 @@ class Evaluator:
     def _scaled(self, node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:
         """node = tensor times or over a number or a 0-d tensor, or -tensor."""
         if node.target is aten.neg.default:
-            return node.args[0], -1.0, ()  # type: ignore[return-value]
+            return node.args[0], -1.0, ()
         if node.target not in SCALINGS:
             return None
         inverse = node.target in DIVISIONS
@@ -200,7 +212,7 @@ class Evaluator:
             if number := constant(factor):
                 return tensor, 1 / number if inverse else number, ()
             if is_scalar_tensor(factor) and constant(factor) is None:
-                return tensor, 1.0, (Scalar(factor, inverse),)  # type: ignore[arg-type]
+                return tensor, 1.0, (Scalar(factor, inverse),)
         return None
 
     def _sum(self, size: Size, body: Callable[[Entry], list[Term]], time: bool) -> list[Term]:
@@ -240,14 +252,14 @@ class Evaluator:
         *batch, row, column = index
 
         def product(k: Entry) -> list[Term]:
-            left = self.evaluate(a, (*batch, row, k))  # type: ignore[arg-type]
-            right = self.evaluate(b, (*batch, k, column))  # type: ignore[arg-type]
+            left = self.evaluate(a, (*batch, row, k))
+            right = self.evaluate(b, (*batch, k, column))
             return [x.times(y) for x in left for y in right]
 
-        terms = self._sum(shape(a)[-1], product, time=node is self.attention.root)  # type: ignore[arg-type]
+        terms = self._sum(shape(a)[-1], product, time=node is self.attention.contraction)
         if len(node.args) == 2:
             return terms
-        bias: Node = node.args[0]  # type: ignore[assignment]
+        bias: Node = node.args[0]
         alpha, beta = float(argument(node, "alpha", 1)), float(argument(node, "beta", 1))
         terms = [replace(t, scale=t.scale * alpha) for t in terms]
         if beta:
@@ -256,9 +268,9 @@ class Evaluator:
         return terms
 
     def _reduction(self, node: Node, index: Index) -> list[Term]:
-        source: Node = node.args[0]  # type: ignore[assignment]
+        source: Node = node.args[0]
         sizes = shape(source)
-        dims = sorted(d % len(sizes) for d in node.args[1])  # type: ignore[union-attr]
+        dims = sorted(d % len(sizes) for d in node.args[1])
         entries = list(index)
         if not argument(node, "keepdim", False):
             for d in dims:
@@ -269,7 +281,7 @@ class Evaluator:
                 return self.evaluate(source, tuple(entries), Context.PRODUCT)
             d = dims[position]
             inner = lambda k: nest(position + 1, [*entries[:d], k, *entries[d + 1 :]])  # noqa: E731
-            return self._sum(sizes[d], inner, time=node is self.attention.root)
+            return self._sum(sizes[d], inner, time=node is self.attention.contraction)
 
         return nest(0, entries)
 
@@ -280,9 +292,9 @@ class Evaluator:
             fill = constant(other)
             if fill is None:
                 continue
-            mask = Term((Mask(settle(condition, broadcast(condition, index)), keep, fill),))  # type: ignore[arg-type]
+            mask = Term((Mask(settle(condition, broadcast(condition, index)), keep, fill),))
             if constant(kept) is None:
-                terms = self.evaluate(kept, broadcast(kept, index), Context.SCORE)  # type: ignore[arg-type]
+                terms = self.evaluate(kept, broadcast(kept, index), Context.SCORE)
                 # A fill replaces a score; in an added mask it is only added, unless it absorbs.
                 replaced = fill <= ABSORBING or any(t.summed for t in terms)
                 return [*terms, mask] if replaced else None
@@ -300,8 +312,22 @@ class Evaluator:
                 "the probabilities are cut or reordered before they meet the values",
                 self.attention.softmax,
             )
-        score = self.evaluate(scores, index, Context.SCORE)  # type: ignore[arg-type]
+        score = self.evaluate(scores, index, Context.SCORE)
         return self._rows(score, index[:axis] + index[axis + 1 :], digits)
+
+    def _divided(self, node: Node, index: Index) -> list[Term]:
+        """Weighed values over the sum of the weights, which has to be that of the same row."""
+        weighed, total = node.args
+        terms = self.evaluate(weighed, broadcast(weighed, index))
+        leaf = settle(total, broadcast(total, index))
+        while leaf.node.target in CASTS:
+            leaf = settle(leaf.node.args[0], leaf.index)
+        rows = [d.label for entry in leaf.index for d in entry if d.full]
+        for softmax in (f for t in terms for f in t.factors if isinstance(f, Softmax)):
+            if leaf.node is not self.attention.total or rows != [*softmax.rows]:
+                detail = f"the weighed values are divided by {leaf}, not the sum of their weights"
+                raise Refusal(Reason.SOFTMAX, detail, node)
+        return terms
 
     def _rows(self, score: list[Term], rows: Index, digits: Entry) -> Softmax:
         row_digits = [d for entry in rows for d in entry]
@@ -312,12 +338,12 @@ class Evaluator:
                 self.attention.softmax,
             )
         labels = tuple(d.label for d in row_digits)
-        return Softmax(tuple(score), labels, tuple(d.label for d in digits))  # type: ignore[arg-type]
+        return Softmax(tuple(score), labels, tuple(d.label for d in digits))
 
     def _fused(self, call: Node, index: Index) -> list[Term]:
         """aten's fused attention calls: q [B, H, Sq, E], k, v and an optional mask."""
         query, key, value = call.args[:3]
-        names = [a.name for a in call.target._schema.arguments]  # type: ignore[union-attr]
+        names = [a.name for a in call.target._schema.arguments]
         if argument(call, "is_causal", False):
             raise Refusal(
                 Reason.CAUSAL,
@@ -326,12 +352,12 @@ class Evaluator:
             )
         if argument(call, "dropout_p", 0.0) != 0.0:
             raise Refusal(Reason.DROPOUT, "the fused attention call drops probabilities", call)
-        heads = {str(shape(x)[1]) for x in (query, key, value)}  # type: ignore[arg-type]
+        heads = {str(shape(x)[1]) for x in (query, key, value)}
         if len(heads) != 1:
             raise Refusal(
                 Reason.LAYOUT, f"grouped heads inside a fused attention call: {sorted(heads)}", call
             )
-        width = shape(query)[-1]  # type: ignore[arg-type]
+        width = shape(query)[-1]
         scale = argument(call, "scale")
         scale = float(width) ** -0.5 if scale is None else float(scale)
         mask = next(
@@ -346,17 +372,17 @@ class Evaluator:
 
         def attend(t: Entry) -> list[Term]:
             def dot(k: Entry) -> list[Term]:
-                left = self.evaluate(query, (batch, head, row, k))  # type: ignore[arg-type]
-                right = self.evaluate(key, (batch, head, t, k))  # type: ignore[arg-type]
+                left = self.evaluate(query, (batch, head, row, k))
+                right = self.evaluate(key, (batch, head, t, k))
                 return [x.times(y) for x in left for y in right]
 
             score = [replace(x, scale=x.scale * scale) for x in self._sum(width, dot, time=False)]
             if mask is not None:
                 score += self._fused_mask(mask, broadcast(mask, (batch, head, row, t)))
             softmax = Term((self._rows(score, (batch, head, row), t),))
-            return [softmax.times(v) for v in self.evaluate(value, (batch, head, t, column))]  # type: ignore[arg-type]
+            return [softmax.times(v) for v in self.evaluate(value, (batch, head, t, column))]
 
-        return self._sum(shape(key)[2], attend, time=True)  # type: ignore[arg-type]
+        return self._sum(shape(key)[2], attend, time=True)
 
     def _fused_mask(self, mask: Node, index: Index) -> list[Term]:
         if dtype(mask) is torch.bool:

@@ -7,14 +7,14 @@ not depend on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import isfinite
 
 from torch.fx import Graph, Node
 
-from mla_compile.passes.graph import FLOATS, dtype, equal, shape, true
+from mla_compile.passes.graph import CONTRACTIONS, FLOATS, divides, dtype, equal, shape, true
 from mla_compile.passes.indexing import (
     Digit,
     Index,
@@ -27,63 +27,129 @@ from mla_compile.passes.indexing import (
 )
 from mla_compile.passes.labels import refined
 from mla_compile.passes.masks import check_masks, split_lengths
-from mla_compile.passes.normal_form import Evaluator, Softmax, Term
-from mla_compile.passes.site import Mask, Miss, MLASite, Reason, Refusal, ScoreTerm, source_line
-from mla_compile.passes.softmax import Attention, attention_of, find_softmaxes, is_attention
+from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
+from mla_compile.passes.paging import find_paging
+from mla_compile.passes.site import (
+    Mask,
+    Miss,
+    MLASite,
+    Reason,
+    Refusal,
+    ScoreTerm,
+    source_line,
+    span,
+)
+from mla_compile.passes.softmax import (
+    Attention,
+    attention_of,
+    escape,
+    find_softmaxes,
+    is_attention,
+)
+from mla_compile.passes.views import relabel
+
+# In the names of operators that multiply by a quantised weight.
+QUANTISED = ("scaled_mm", "int_mm", "int4", "int8", "quant", "packed")
 
 
 def recognise(graph: Graph) -> Iterator[MLASite | Miss]:
     """What each attention of the graph is.  One may be rewritten before the next is asked for."""
     training = any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
+    sharing = []
     for softmax in list(filter(is_attention, find_softmaxes(graph))):
         try:
             if training:
                 raise Refusal(Reason.TRAINING, "the graph also computes gradients")
-            yield site(attention_of(softmax))
-        except (Refine, Segment) as request:
-            detail = f"a view splits {request.label} in a way that no index follows"
-            yield Refusal(Reason.LAYOUT, detail).miss(softmax.node)
+            attention = attention_of(softmax)
         except Refusal as refusal:
             yield refusal.miss(softmax.node)
+            continue
+        verdict = judge(attention)
+        if isinstance(verdict, Miss) and verdict.reason is Reason.ESCAPE:
+            sharing.append(attention)
+        else:
+            yield verdict
+    yield from judge_together(sharing)
 
 
-def site(attention: Attention) -> MLASite:
-    """The attention as an MLASite; raises Refusal if it is not one, or not one to rewrite."""
-    index, terms = read_to_the_end(attention)
+def judge_together(attentions: list[Attention]) -> Iterator[MLASite | Miss]:
+    """Attentions that share what is expanded: nobody needs it once all of them are rewritten."""
+    roots = {attention.root for attention in attentions}
+    verdicts = [judge(attention, roots) for attention in attentions]
+    refused = [v for v in verdicts if isinstance(v, Miss)]
+    if not refused:
+        yield from verdicts
+        return
+    yield from refused
+    pairs = zip(attentions, verdicts, strict=True)
+    yield from judge_together([a for a, v in pairs if not isinstance(v, Miss)])
+
+
+def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss:
+    """The verdict on one attention, where the nodes `beside` are replaced as well."""
+    try:
+        return site(attention, beside)
+    except (Refine, Segment) as request:
+        detail = f"a view splits {request.label} in a way that no index follows"
+        return Refusal(Reason.LAYOUT, detail).miss(attention.softmax)
+    except Refusal as refusal:
+        return refusal.miss(attention.softmax)
+
+
+def site(attention: Attention, beside: Collection[Node]) -> MLASite:
+    """The attention as an MLASite; raises Refusal if it is not one, or not one to rewrite.
+
+    Read to the end, the terms tell which rows the cache does not depend on.  Read again, they stop at
+    the first tensor without these rows: the cache.  One head has no row to tell by.
+    """
+    index, evaluator, terms = read_to_the_end(attention)
     softmax, value = split_value(terms, attention)
     shared = frozenset(softmax.rows) - cache_labels((value, *softmax.score), softmax)
     if not shared:
-        raise Refusal(
-            Reason.NO_LATENT,
-            "keys and values have a row for every head and query",
-            attention.softmax,
-        )
+        refusal = why_no_latent((value, *softmax.score), softmax, attention)
+    else:
+        stopping = Evaluator(attention, shared)
+        try:
+            stopped = stopping.evaluate(attention.root, index)
+            found = described(attention, index, stopped, shared)
+            check_private(stopping.expanded, attention, beside)
+            return found
+        except Refusal as why:
+            refusal = why
+    try:
+        found = described(attention, index, terms, shared)
+    except Refusal:
+        raise refusal from None
+    check_private(evaluator.expanded, attention, beside)
+    return found
 
-    evaluator = Evaluator(attention, shared)
-    softmax, value = split_value(evaluator.evaluate(attention.root, index), attention)
-    scores, masks = split_score(softmax, attention)
+
+def described(
+    attention: Attention,
+    index: Index,
+    terms: list[Term],
+    shared: frozenset[Label],
+) -> MLASite:
+    """The one structural rule."""
+    softmax, value = split_value(terms, attention)
+    score, logit_cap = uncapped(softmax, attention)
+    scores, masks = split_score(score, softmax, attention)
     kv_c = cached(value, softmax, attention.root)
     batch = tuple(x for x in softmax.rows if x not in shared)
     latent, rope, feature = split_keys(scores, kv_c, softmax, batch, attention)
     weights = tuple(f for f in value.factors if f is not kv_c and isinstance(f, Leaf))
-    heads = (
-        weight_rows((*latent.query, *weights), shared)
-        if len(latent.query) > 1 or weights
-        else frozenset()
-    )
-    grouped = bool(heads)
-    masked = frozenset().union(*(m.leaf.labels for m in masks)) if masks else frozenset()
+    projected = len(latent.query) > 1 or bool(weights)
+    heads = weight_rows((*latent.query, *weights), shared) if projected else frozenset()
+    masked = frozenset().union(*(m.leaf.labels for m in masks))
+    queries = shared - heads if heads else shared & masked
     lengths, masks = split_lengths(masks, softmax, batch)
     found = MLASite(
         root=attention.root,
-        out=tuple(d.label for entry in index for d in entry),  # type: ignore[misc]
+        out=tuple(d.label for entry in index for d in entry),
+        rows=softmax.rows,
         batch=batch,
-        queries=tuple(
-            x for x in softmax.rows if x in shared and x not in heads and (x in masked or grouped)
-        ),
-        heads=tuple(
-            x for x in softmax.rows if x in shared and (x in heads or not (x in masked or grouped))
-        ),
+        queries=tuple(x for x in softmax.rows if x in queries),
+        heads=tuple(x for x in softmax.rows if x in shared - queries),
         time=softmax.time,
         latent=latent,
         rope=rope,
@@ -93,21 +159,24 @@ def site(attention: Attention) -> MLASite:
         value_scalars=value.scalars,
         masks=masks,
         lengths=lengths,
+        logit_cap=logit_cap,
+        paging=find_paging(latent, rope, batch, softmax.time, masks),
+        lse=attention.lse,
         where=source_line(attention.softmax),
     )
     check_labels(found, value, attention)
-    check(found, evaluator.expanded, attention)
+    check(found, attention)
     return found
 
 
-def read_to_the_end(attention: Attention) -> tuple[Index, list[Term]]:
+def read_to_the_end(attention: Attention) -> tuple[Index, Evaluator, list[Term]]:
     """The output's index, refined as its views ask for, and its terms read down to the graph's inputs."""
     root = attention.root
     index = squeeze(root, tuple(whole(Label(f"x{d}", n)) for d, n in enumerate(shape(root))))
     while True:
         evaluator = Evaluator(attention, None)
         try:
-            return index, evaluator.evaluate(root, index)
+            return index, evaluator, evaluator.evaluate(root, index)
         except Refine as refine:
             outer, inner = evaluator.split(refine)
             index = tuple(refined(entry, refine, outer, inner) for entry in index)
@@ -123,11 +192,39 @@ def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]
 
 def cache_labels(terms: tuple[Term, ...], softmax: Softmax) -> frozenset[Label]:
     """The labels of all that is contracted and depends on the cached token."""
-    time = frozenset(softmax.time)
-    leaves = [
-        f for t in terms if t.summed for f in t.factors if isinstance(f, Leaf) and f.labels & time
-    ]
-    return frozenset().union(*(leaf.labels for leaf in leaves))
+    return frozenset().union(*(leaf.labels for leaf in cache_leaves(terms, softmax)))
+
+
+def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:
+    for term in terms:
+        for factor in term.factors:
+            if isinstance(factor, Capped):
+                yield from cache_leaves(factor.terms, softmax)
+            elif term.summed and isinstance(factor, Leaf) and factor.labels & {*softmax.time}:
+                yield factor
+
+
+def why_no_latent(terms: tuple[Term, ...], softmax: Softmax, attention: Attention) -> Refusal:
+    """Keys and values have a row for every head: is it the cache that has, or what is made of it?"""
+    tokens = span(softmax.time)
+    for leaf in cache_leaves(terms, softmax):
+        for node in ancestors(leaf.node):
+            if any(word in str(node.target) for word in QUANTISED):
+                detail = f"{leaf.node.name} comes from {node.name} ({node.target})"
+                return Refusal(Reason.QUANTISED, detail, node)
+            if node.target in CONTRACTIONS and any(divides(tokens, n) for n in shape(node)):
+                detail = f"{leaf.node.name} ({leaf.node.target}) is between the projection and them"
+                return Refusal(Reason.BETWEEN, detail, leaf.node)
+    detail = "keys and values have a row for every head and query"
+    return Refusal(Reason.NO_LATENT, detail, attention.softmax)
+
+
+def ancestors(node: Node) -> Iterator[Node]:
+    todo, seen = [node], {node}
+    while todo:
+        yield (node := todo.pop())
+        todo += [x for x in node.all_input_nodes if x not in seen]
+        seen |= {*todo}
 
 
 def cached(term: Term, softmax: Softmax, node: Node) -> Leaf:
@@ -142,28 +239,42 @@ def cached(term: Term, softmax: Softmax, node: Node) -> Leaf:
     return leaves[0]
 
 
+def uncapped(softmax: Softmax, attention: Attention) -> tuple[tuple[Term, ...], float]:
+    """The terms of the score, those under a soft cap times the cap, and the cap or 0."""
+    capped = [t for t in softmax.score if any(isinstance(f, Capped) for f in t.factors)]
+    if not capped:
+        return softmax.score, 0.0
+    beside = [t for t in softmax.score if t.summed]
+    term, factor = capped[0], capped[0].factors[0]
+    if len(capped) > 1 or len(term.factors) > 1 or beside or not isinstance(factor, Capped):
+        detail = "the scores are a sum or product of tanh and other terms"
+        raise Refusal(Reason.SCORE, detail, attention.softmax)
+    if term.scalars or not (isfinite(term.scale) and term.scale > 0):
+        raise Refusal(Reason.SCALE, f"the soft cap is {term.scale}", attention.softmax)
+    if not all(t.summed for t in factor.terms):
+        raise Refusal(Reason.MASK, "a mask is under the soft cap", attention.softmax)
+    inner = [replace(t, scale=t.scale * term.scale) for t in factor.terms]
+    return (*inner, *(t for t in softmax.score if t is not term)), term.scale
+
+
 def split_score(
-    softmax: Softmax, attention: Attention
+    score: tuple[Term, ...], softmax: Softmax, attention: Attention
 ) -> tuple[list[tuple[Term, Leaf]], tuple[Mask, ...]]:
     """The contractions with the cache, and what is added to them or put in their place."""
     contractions, masks = [], []
-    for term in softmax.score:
+    for term in score:
         factor = term.factors[0]
         if term.summed:
             contractions.append((term, cached(term, softmax, attention.softmax)))
         elif term.scalars or len(term.factors) != 1:
             raise Refusal(Reason.MASK, f"a mask is a product: {term.factors}", attention.softmax)
         elif isinstance(factor, Mask):
-            masks.append(replace(factor, fill=factor.fill * term.scale))  # type: ignore[operator]
+            masks.append(replace(factor, fill=factor.fill * term.scale))
         elif isinstance(factor, Leaf):
             masks.append(Mask(factor, scale=term.scale))
     if not contractions:
-        leaf = softmax.score[0].factors[0]
-        raise Refusal(
-            Reason.SCORE,
-            f"the scores are {leaf}, no contraction of queries with a cache",
-            attention.softmax,
-        )
+        detail = f"the scores are {score[0].factors[0]}, no contraction of queries with a cache"
+        raise Refusal(Reason.SCORE, detail, attention.softmax)
     return contractions, tuple(masks)
 
 
@@ -182,8 +293,7 @@ def split_keys(
         for term, key in scores
         for p in cut_at_value(score_term(term, key, around, attention), kv_c, value)
     ]
-    name = {value: "feature"}
-    latents = [p for p in pieces if p.key.key({p.feature: "feature"}) == kv_c.key(name)]
+    latents = [p for p in pieces if is_latent(p, kv_c, value)]
     ropes = [p for p in pieces if p not in latents]
     if len(latents) != 1:
         keys = ", ".join(str(p.key) for p in pieces)
@@ -228,27 +338,43 @@ def score_term(term: Term, key: Leaf, around: frozenset[Label], attention: Atten
             "the scores are a sum over a dimension that nothing depends on",
             attention.softmax,
         )
-    return ScoreTerm(query, key, feature, term.scale, term.scalars)  # type: ignore[arg-type]
+    return ScoreTerm(query, key, feature, term.scale, term.scalars)
 
 
 def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
-    """One contraction over a fused cache row as two or three, so that one of them is over the values' columns."""
+    """One contraction over a cache row as several, so that one of them is over the values' features."""
+    pieces = [term]
+    if term.key.node is kv_c.node:
+        pieces = columns(term, kv_c, value)
+    else:
+        try:
+            if read := relabel(term.key.node, term.key.index):
+                pieces = cut_at_value(replace(term, key=Leaf(*read)), kv_c, value)
+        except Refine:
+            pass
+        except Segment as segment:
+            if segment.label is term.feature:
+                begins = accumulate(segment.sizes, initial=0)
+                parts = [narrowed(term, *p) for p in zip(begins, segment.sizes, strict=False)]
+                pieces = [q for p in parts for q in cut_at_value(p, kv_c, value)]
+    return pieces if any(is_latent(p, kv_c, value) for p in pieces) else [term]
+
+
+def is_latent(term: ScoreTerm, kv_c: Leaf, value: Label) -> bool:
+    return term.key.key({term.feature: "feature"}) == kv_c.key({value: "feature"})
+
+
+def columns(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
+    """Before, in and after the values' columns of a fused cache row."""
     at, here = digit_of(kv_c, value), digit_of(term.key, term.feature)
-    if (
-        term.key.node is not kv_c.node
-        or at is None
-        or here is None
-        or not equal(at.base, here.base)
-    ):
+    if at is None or here is None or not equal(at.base, here.base):
         return [term]
     begin, end = at.offset - here.offset, at.offset - here.offset + value.size
     bounds = [0, begin, end, term.feature.size]
     sizes = [b - a for a, b in pairwise(bounds)]
     if not all(true(n >= 0) for n in sizes) or equal(sizes[1], term.feature.size):
         return [term]
-    return [
-        narrowed(term, start, n) for start, n in zip(bounds, sizes, strict=False) if not equal(n, 0)
-    ]
+    return [narrowed(term, *p) for p in zip(bounds, sizes, strict=False) if not equal(p[1], 0)]
 
 
 def digit_of(leaf: Leaf, label: Label) -> Digit | None:
@@ -274,7 +400,7 @@ def weight_rows(leaves: tuple[Leaf, ...], shared: frozenset[Label]) -> frozenset
     return frozenset().union(*partial) if partial else shared
 
 
-def check(found: MLASite, expanded: set[Node], attention: Attention) -> None:
+def check(found: MLASite, attention: Attention) -> None:
     """What must hold beyond the shape of the formula."""
     for term in (found.latent, found.rope):
         if term and not (isfinite(term.scale) and term.scale > 0):
@@ -289,9 +415,14 @@ def check(found: MLASite, expanded: set[Node], attention: Attention) -> None:
     if equal(found.dims["Skv"], 1):
         raise Refusal(Reason.PREFILL, "there is only one cached token", attention.softmax)
     check_masks(found.masks, attention.softmax)
+
+
+def check_private(expanded: set[Node], attention: Attention, beside: Collection[Node]) -> None:
+    """Nobody else needs the scores or what is expanded for them."""
+    replaced = {attention.root, attention.softmax, *attention.lse, *beside}
     private = expanded - {attention.root} | ({attention.scores} if attention.scores else set())
     for node in sorted(private, key=str):
-        if thief := escape(node, attention):
+        if thief := escape(node, replaced):
             raise Refusal(Reason.ESCAPE, f"{node.name} is also used by {thief.name}", thief)
 
 
@@ -327,17 +458,3 @@ def every_label(leaf: Leaf) -> list[Label]:
         elif d.label is not None:
             found += every_label(d.label)
     return found
-
-
-def escape(node: Node, attention: Attention) -> Node | None:
-    """A node beyond the attention that needs `node` even when the root is computed in another way."""
-    seen, todo = {node}, [node]
-    while todo:
-        for user in todo.pop().users:
-            if user in seen or user is attention.root or user is attention.softmax:
-                continue
-            if user.op == "output" or user.is_impure():
-                return user
-            seen.add(user)
-            todo.append(user)
-    return None

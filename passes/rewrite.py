@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mla_compile.passes.graph import dtype, equal, is_tensor, shape
+from mla_compile.passes.graph import Size, dtype, equal, hint, is_tensor, shape
 from mla_compile.passes.indexing import Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
@@ -25,7 +26,7 @@ def rewrite(graph: Graph, site: MLASite) -> MLASite | Miss:
     """Replace the attention by the op, or say why not.  The caller removes what becomes dead."""
     inputs = list(dict.fromkeys([*tensors_of(site), *symbols_of(graph, site)]))
 
-    def traced(*values: Tensor) -> Tensor:
+    def traced(*values: Tensor) -> tuple[Tensor, ...]:
         return Emitter(dict(zip(inputs, values, strict=True))).attention(site)
 
     examples = [n.meta["val"] for n in inputs]
@@ -35,17 +36,23 @@ def rewrite(graph: Graph, site: MLASite) -> MLASite | Miss:
             body = make_fx(traced, select_decomp_table())(*examples).graph
     except Refusal as refusal:
         return refusal.miss(site.root)
-    site.root.replace_all_uses_with(inline(graph, body, inputs, site.root))
-    if (
-        site.root.target is operator.getitem
-    ):  # a fused call counts as random: no one else removes it
-        call: Node = site.root.args[0]  # type: ignore[assignment]
-        for dead in (*call.users, call):
-            graph.erase_node(dead)
+    replacements = inline(graph, body, inputs, site.root)
+    for old, new in zip((site.root, *site.lse), replacements, strict=True):
+        old.replace_all_uses_with(new)
+    if site.lse:
+        stable_topological_sort(graph)
+    if site.root.target is operator.getitem:
+        erase_fused_call(site.root.args[0], graph)
     return site
 
 
-def inline(graph: Graph, body: Graph, inputs: list[Node], before: Node) -> Node:
+def erase_fused_call(call: Node, graph: Graph) -> None:
+    """It counts as random, so that no one else removes it."""
+    for dead in (*call.users, call):
+        graph.erase_node(dead)
+
+
+def inline(graph: Graph, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
     """Copy `body` into `graph`, keeping the user's source lines of the node it stands in for."""
     kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
     placeholders = iter(inputs)
@@ -55,7 +62,7 @@ def inline(graph: Graph, body: Graph, inputs: list[Node], before: Node) -> Node:
             if node.op == "placeholder":
                 copies[node] = next(placeholders)
             elif node.op == "output":
-                return copies[node.args[0]]  # type: ignore[index]
+                return tuple(map(copies.__getitem__, node.args[0]))
             else:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
                 copies[node].meta.update(kept)
@@ -69,6 +76,8 @@ def leaves_of(site: MLASite) -> Iterable[Leaf]:
     yield from site.weights
     yield from (m.leaf for m in site.masks)
     yield from site.lengths.terms if site.lengths else ()
+    if site.paging:
+        yield from (x for x in (site.paging.kv_c, site.paging.k_pe, site.paging.table) if x)
 
 
 def tensors_of(site: MLASite) -> Iterable[Node]:
@@ -113,9 +122,10 @@ class Emitter:
 
     tensors: dict[Node, Tensor]
 
-    def attention(self, site: MLASite) -> Tensor:
+    def attention(self, site: MLASite) -> tuple[Tensor, ...]:
+        """The values of the root and of the site's lse nodes."""
         rows = (*site.batch, *site.queries), site.heads
-        kv_c, k_pe = self.cache(site.latent, site), self.cache(site.rope, site)
+        kv_c, k_pe = self.caches(site)
         q_nope = self.query(site.latent, rows, site.latent.scale).to(kv_c.dtype)
         q_pe = (
             self.query(site.rope, rows, site.latent.scale).to(kv_c.dtype)
@@ -123,19 +133,21 @@ class Emitter:
             else q_nope[..., :0]
         )
         attn_mask, mask_fill = self.mask(site)
-        out, _ = torch.ops.mla_compile.mla_decode(
+        out, lse = torch.ops.mla_compile.mla_decode(
             unit_stride(q_nope),
             unit_stride(q_pe),
             kv_c,
             k_pe,
             site.latent.scale,
+            block_table=self.block_table(site),
             seq_lens=self.seq_lens(site),
             max_seqlen_q=span(site.queries),
             causal=False,
             attn_mask=attn_mask,
             mask_fill=None if mask_fill == float("-inf") else mask_fill,
+            logit_cap=site.logit_cap,
         )
-        return self.output(out, site)
+        return self.output(out, site), *(self.lse(lse, node, site) for node in site.lse)
 
     def query(self, term: ScoreTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
         """[T, N, width]: the product of the queries and, where the keys are expanded, W_UK."""
@@ -144,22 +156,35 @@ class Emitter:
             q = q * (term.scale / sm_scale)
         return self.scaled(q, term.scalars)
 
-    def cache(self, term: ScoreTerm | None, site: MLASite) -> Tensor:
-        """[B, Skv, width]: the cache as pages of one sequence each."""
-        if term is None:
-            return self.cache(site.latent, site)[..., :0]
-        view = self.view(term.key, (site.batch, site.time, (term.feature,)))
-        source = self.tensors[term.key.node]
+    def caches(self, site: MLASite) -> tuple[Tensor, Tensor]:
+        """[B, Skv, width] each, one page a sequence, or the pools [pages, page_size, width]."""
+        if site.paging:
+            groups = (site.paging.page,), site.paging.slots
+            keys = site.paging.kv_c, site.paging.k_pe
+        else:
+            groups = site.batch, site.time
+            keys = site.latent.key, site.rope.key if site.rope else None
+        kv_c = self.cache(keys[0], (*groups, (site.latent.feature,)))
+        if site.rope is None:
+            return kv_c, kv_c[..., :0]
+        return kv_c, self.cache(keys[1], (*groups, (site.rope.feature,)))
+
+    def cache(self, key: Leaf, groups: tuple[Group, ...]) -> Tensor:
+        view = self.view(key, groups)
         if not equal(view.stride(-1), 1):
-            raise Refusal(
-                Reason.LAYOUT, f"the features of {term.key} are not consecutive", term.key.node
-            )
-        if (
-            not gathers(term.key)
-            and view.untyped_storage()._cdata != source.untyped_storage()._cdata
-        ):
-            raise Refusal(Reason.LAYOUT, f"{term.key} cannot be read in place", term.key.node)
+            raise Refusal(Reason.LAYOUT, f"the features of {key} are not consecutive", key.node)
+        in_place = view.untyped_storage()._cdata == self.tensors[key.node].untyped_storage()._cdata
+        if not (in_place or gathers(key)):
+            raise Refusal(Reason.LAYOUT, f"{key} cannot be read in place", key.node)
         return view
+
+    def block_table(self, site: MLASite) -> Tensor | None:
+        """[B, pages of a sequence].  Like an index, the op's table does not count from the end."""
+        if site.paging is None:
+            return None
+        table = self.view(site.paging.table, (site.batch, site.paging.pages))
+        table = torch.where(table < 0, table + site.paging.page.size, table)
+        return table.expand(span(site.batch), -1)
 
     def mask(self, site: MLASite) -> tuple[Tensor | None, float]:
         """One mask, broadcastable to [B, N, Sq, Skv], and what a False in it stands for."""
@@ -181,21 +206,28 @@ class Emitter:
         return torch.where(keep, bias.float(), fill), float("-inf")
 
     def seq_lens(self, site: MLASite) -> Tensor | None:
-        if site.lengths is None:
+        if site.lengths is None and site.paging is None:
             return None
         Skv = span(site.time)
-        lengths = (
-            sum((self.view(t, (site.batch,)) for t in site.lengths.terms), start=0)
-            + site.lengths.constant
-        )
+        lengths: Tensor | Size = Skv
+        if site.lengths:
+            terms = (self.view(t, (site.batch,)) for t in site.lengths.terms)
+            lengths = sum(terms, start=0) + site.lengths.constant
         if not isinstance(lengths, Tensor):
-            lengths = torch.full(
-                (1,), lengths, dtype=torch.int64, device=self.tensors[site.latent.key.node].device
-            )
-        lengths = lengths.expand(span(site.batch))
+            device = self.tensors[site.latent.key.node].device
+            lengths = torch.full((1,), lengths, dtype=torch.int64, device=device)
+        lengths = lengths.expand(span(site.batch)).contiguous()
+        if site.lengths is None:
+            return lengths
         if site.lengths.fill == float("-inf"):
             return lengths.clamp(min=0, max=Skv)
         return torch.where(lengths > 0, lengths.clamp(max=Skv), Skv)
+
+    def lse(self, lse: Tensor, node: Node, site: MLASite) -> Tensor:
+        """From [T, N] to the shape and type of the graph's own log of the sum."""
+        labels = [*site.batch, *site.queries, *site.heads]
+        rows = broadcast_to(lse.reshape([x.size for x in labels]), labels, site.rows)
+        return laid_out(rows.reshape(shape(node)).to(dtype(node)), node)
 
     def output(self, out: Tensor, site: MLASite) -> Tensor:
         """From [T, N, Lkv] to the root's shape and type, through W_UV where the values are expanded."""
@@ -204,7 +236,7 @@ class Emitter:
         result = einsum([(latent, list(labels)), *map(self.spread, site.weights)], site.out)
         result = result * site.value_scale if site.value_scale != 1 else result
         result = self.scaled(result, site.value_scalars)
-        return result.reshape(shape(site.root)).to(dtype(site.root)).contiguous()
+        return laid_out(result.reshape(shape(site.root)).to(dtype(site.root)), site.root)
 
     def scaled(self, tensor: Tensor, scalars: tuple[Scalar, ...]) -> Tensor:
         for scalar in scalars:
@@ -269,7 +301,15 @@ def einsum(factors: list[Labelled], wanted: Sequence[Label]) -> Tensor:
     for tensor, labels in factors:
         operands += [tensor.to(wide), [numbers.setdefault(x, len(numbers)) for x in labels]]
     present = [x for x in wanted if x in numbers]
-    return broadcast_to(torch.einsum(*operands, [numbers[x] for x in present]), present, wanted)  # type: ignore[arg-type]
+    return broadcast_to(torch.einsum(*operands, [numbers[x] for x in present]), present, wanted)
+
+
+def laid_out(tensor: Tensor, node: Node) -> Tensor:
+    """The tensor with its dimensions in memory in the order of the node's: views follow that rely on it."""
+    strides = [hint(n) for n in node.meta["val"].stride()]
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(back)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

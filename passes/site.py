@@ -34,6 +34,11 @@ class Reason(enum.Enum):
         "keep the numbers of heads and features static; sequences, queries and tokens may vary"
     )
     DTYPE = "keep the cache in bfloat16, float16 or float32"
+    SINKS = "the op has no sinks: an extra column under the softmax cannot be kept"
+    BETWEEN = "put nothing but W_UK and W_UV between the latent and the keys and values; rotate rope dimensions apart"
+    QUANTISED = (
+        "keep kv_b_proj in a floating type, so that it can be absorbed into query and output"
+    )
     INTERNAL = "report it, with the trace in the log; the graph was left as it was"
 
 
@@ -100,6 +105,21 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Paging:
+    """The caches are gathered from pools of pages: kv_c[b, (p, slot)] = pool[page = table[b, p], slot].
+
+    The table's pages may hold more tokens than the site reads.
+    """
+
+    kv_c: Leaf
+    k_pe: Leaf | None
+    table: Leaf
+    page: Label
+    pages: tuple[Label, ...]
+    slots: tuple[Label, ...]
+
+
+@dataclass(frozen=True)
 class Scalar:
     """A 0-d tensor that multiplies a term, or divides it."""
 
@@ -127,11 +147,13 @@ def span(labels: Iterable[Label]) -> Size:
 class MLASite:
     """MLA attention in normal form.  The emitter needs nothing else of the graph.
 
-    out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · kv_c, times `weights` (W_UV).
+    out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · kv_c, times `weights` (W_UV),
+    the scores under `logit_cap` if that is not 0.  `rows` are batch, queries and heads in the graph's order.
     """
 
     root: Node
     out: tuple[Label, ...]
+    rows: tuple[Label, ...]
     batch: tuple[Label, ...]
     queries: tuple[Label, ...]
     heads: tuple[Label, ...]
@@ -144,6 +166,9 @@ class MLASite:
     value_scalars: tuple[Scalar, ...]
     masks: tuple[Mask, ...]
     lengths: Lengths | None
+    logit_cap: float
+    paging: Paging | None
+    lse: tuple[Node, ...]
     where: str
 
     @property
@@ -180,7 +205,8 @@ class MLASite:
             cache = "no rope"
         elif self.rope.key.node is self.latent.key.node:
             cache = "one fused cache"
-        return f"{'expanded from the latent' if self.expanded else 'absorbed'}, {cache}"
+        paged = ", paged" if self.paging else ""
+        return f"{'expanded from the latent' if self.expanded else 'absorbed'}, {cache}{paged}"
 
     @property
     def mask(self) -> str:

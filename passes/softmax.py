@@ -1,8 +1,13 @@
-"""Where the attentions are: every softmax, however it is written, and what consumes it."""
+"""Where the attentions are: every softmax, however it is written, and what consumes it.
+
+All spellings are exponentials e = exp(scores - m), m constant along the axis, and their sum over it:
+probabilities e / Σe or exp(scores - log Σ exp(scores)), or e itself, divided by Σe after the values
+are weighed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -25,29 +30,48 @@ from mla_compile.passes.site import Reason, Refusal
 # What probabilities stay probabilities through, up to a factor.
 CARRIERS = RENAMES | CASTS | {aten.mul.Tensor, aten.slice.Tensor}
 SOFTMAX = frozenset({aten._softmax.default, aten.softmax.int, aten._safe_softmax.default})
+COPIES = CASTS | {aten.clone.default}
+REMOVES_OR_ADDS_UNIT_DIMS = frozenset(
+    {
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.view.default,
+        aten.reshape.default,
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Normalised:
-    """A softmax of `scores` over `axis`.  A fused attention call is one without `scores`."""
+    """A softmax of `scores` over `axis`: `node`, or `node` over `total` where that is not None.
+
+    A fused attention call is one without `scores`.
+    """
 
     node: Node
     scores: Node | None
     axis: int
+    total: Node | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """A softmax, the contraction `root` that consumes it, and the `path` from one to the other.
+    """A softmax, the `contraction` that consumes it, and the `path` from it to the `root`.
 
-    The root of a fused attention call is its first result.
+    The root is the contraction or, with a `total`, the division after it; that of a fused call is its
+    first result.  `lse` are the nodes that hold log Σ exp(scores), if any is used elsewhere.
     """
 
     softmax: Node
     scores: Node | None
     axis: int
+    total: Node | None
+    contraction: Node
     root: Node
     path: frozenset[Node]
+    lse: tuple[Node, ...] = ()
 
 
 def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
@@ -57,59 +81,130 @@ def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
             continue
         if node.target in FUSED_ATTENTION:
             yield Normalised(node, None, -1)
-        elif found := as_softmax(node):
-            scores, axis = found
+        elif node.target in SOFTMAX:
+            scores, axis = node.args[0], argument(node, "dim") % len(shape(node))
             yield Normalised(without_empty_rows(node, scores), scores, axis)
+        elif node.target is aten.exp.default:
+            yield from normalised(node)
 
 
-def is_attention(softmax: Normalised) -> bool:
-    """Its probabilities weigh something; a router's do not."""
-    return softmax.scores is None or weighs(softmax.node)
+def normalised(exponential: Node) -> Iterator[Normalised]:
+    """The softmaxes that exp(x) is the numerator of."""
+    scores, shift = split_shift(exponential)
+    summed = list(row_sums(exponential))
+    for total, axis in summed:
+        if not constant_along(shift, scores, axis):
+            continue
+        divided = [d for e in copies(exponential) for d in e.users if divides_by(d, e, total, axis)]
+        for division in divided:
+            yield Normalised(without_empty_rows(division, scores), scores, axis)
+        if not divided:
+            yield Normalised(exponential, scores, axis, total)
+    if not summed and shift is not None:
+        for axis in range(len(shape(scores))):
+            lse = per_row(shift, scores, axis)
+            if lse in log_sum_exps(scores, axis):
+                yield Normalised(exponential, scores, axis)
 
 
-def attention_of(softmax: Normalised) -> Attention:
-    """The softmax and the contraction that consumes it.  Refuses if anything else does."""
-    if softmax.scores is None:
-        used = [u for u in softmax.node.users if u.users]
-        if [u.args[1] for u in used] != [0]:
-            raise Refusal(
-                Reason.ESCAPE, "more than the output of the fused call is used", softmax.node
-            )
-        return Attention(softmax.node, None, -1, used[0], frozenset({softmax.node, used[0]}))
-    root, path = consumer(softmax.node)
-    return Attention(softmax.node, softmax.scores, softmax.axis, root, path)
+def split_shift(exponential: Node) -> tuple[Node, Node | None]:
+    """(x, m) where the argument of exp is x - m, else (its argument, None)."""
+    difference = strip_copies(exponential.args[0])
+    if difference.target is aten.sub.Tensor and is_tensor(difference.args[1]):
+        return difference.args
+    return exponential.args[0], None
 
 
-def as_softmax(node: Node) -> tuple[Node, int] | None:
-    """(scores, axis) if node is softmax(scores, axis).
-
-    Either the op, or exp(x - m) / sum(exp(x - m)) for any m that is constant along the axis.
-    """
-    if node.target in SOFTMAX:
-        return node.args[0], argument(node, "dim") % len(shape(node))  # type: ignore[return-value]
-    if node.target is not aten.div.Tensor or not is_tensor(node.args[1]):
-        return None
-    exponential, total = (strip_casts(a) for a in node.args)  # type: ignore[arg-type]
-    if exponential.target is not aten.exp.default or total.target is not aten.sum.dim_IntList:
-        return None
-    if strip_casts(total.args[0]) is not exponential or len(total.args[1]) != 1:  # type: ignore[arg-type]
-        return None
-    difference = strip_casts(exponential.args[0])  # type: ignore[arg-type]
-    if difference.target is not aten.sub.Tensor or not is_tensor(difference.args[1]):
-        return None
-    scores, maximum = difference.args
-    rank = len(shape(node))
-    axis = total.args[1][0] % rank  # type: ignore[index,operator]
-    aligned = len(shape(scores)) == len(shape(maximum)) == len(shape(total)) == rank  # type: ignore[arg-type]
-    if not aligned or not equal(shape(maximum)[axis], 1) or not equal(shape(total)[axis], 1):  # type: ignore[arg-type]
-        return None
-    return scores, axis  # type: ignore[return-value]
+def row_sums(exponential: Node) -> Iterator[tuple[Node, int]]:
+    """The sums of a tensor over one axis, and the axis."""
+    for copy in copies(exponential):
+        for user in copy.users:
+            if user.target is aten.sum.dim_IntList and len(user.args[1]) == 1:
+                yield user, user.args[1][0] % len(shape(exponential))
 
 
-def strip_casts(node: Node) -> Node:
-    while node.target in CASTS or node.target is aten.clone.default:
-        node = node.args[0]  # type: ignore[assignment]
+def copies(node: Node) -> Iterator[Node]:
+    """The node and the casts of it."""
+    yield node
+    for user in node.users:
+        if user.target in COPIES:
+            yield from copies(user)
+
+
+def strip_copies(node: Node) -> Node:
+    while node.target in COPIES:
+        node = node.args[0]
     return node
+
+
+def constant_along(shift: Node | None, scores: Node, axis: int) -> bool:
+    return shift is None or per_row(shift, scores, axis) is not None
+
+
+def per_row(node: Node, like: Node, axis: int) -> Node | None:
+    """The node behind one that has an element for each row of `like`, and size 1 along the axis."""
+    rows = [*shape(like)]
+    rows[axis] = 1
+    if len(shape(node)) != len(rows) or not all(map(equal, shape(node), rows)):
+        return None
+    return without_unit_dims(node)
+
+
+def without_unit_dims(node: Node) -> Node:
+    """The node behind casts and views that only add or remove dimensions of size one."""
+    while node.op == "call_function":
+        renamed = node.target in REMOVES_OR_ADDS_UNIT_DIMS and same_rows(node, node.args[0])
+        if not (renamed or node.target in COPIES):
+            break
+        node = node.args[0]
+    return node
+
+
+def same_rows(a: Node, b: Node) -> bool:
+    """Equal shapes but for dimensions of size one."""
+    left, right = ([n for n in shape(x) if not equal(n, 1)] for x in (a, b))
+    return len(left) == len(right) and all(map(equal, left, right))
+
+
+def divides_by(division: Node, numerator: Node, total: Node, axis: int) -> bool:
+    """division = numerator / total, row by row."""
+    if division.target is not aten.div.Tensor or division.args[0] is not numerator:
+        return False
+    denominator = division.args[1]
+    return is_tensor(denominator) and per_row(denominator, numerator, axis) is total
+
+
+def log_sum_exps(scores: Node, axis: int) -> Iterator[Node]:
+    """The nodes that hold log Σ exp(scores) over the axis, with or without that dimension."""
+    for exponential in exponentials(scores):
+        source, shift = split_shift(exponential)
+        if constant_along(shift, source, axis):
+            for total, summed_axis in row_sums(exponential):
+                if summed_axis == axis:
+                    yield from logarithms(total, shift)
+
+
+def exponentials(scores: Node) -> Iterator[Node]:
+    """The nodes exp(scores) and exp(scores - m)."""
+    for source in copies(strip_copies(scores)):
+        for user in source.users:
+            shifted = user.target is aten.sub.Tensor and user.args[0] is source
+            direct = [e for c in copies(user) for e in c.users] if shifted else [user]
+            yield from (e for e in direct if e.target is aten.exp.default)
+
+
+def logarithms(total: Node, shift: Node | None) -> Iterator[Node]:
+    """log(total) + shift"""
+    for log in (u for u in total.users if u.target is aten.log.default):
+        if shift is None:
+            yield log
+            continue
+        for add in log.users:
+            if add.target is not aten.add.Tensor or add.kwargs or not same_rows(add, log):
+                continue
+            other = add.args[1] if add.args[0] is log else add.args[0]
+            if is_tensor(other) and without_unit_dims(other) is without_unit_dims(shift):
+                yield add
 
 
 def without_empty_rows(probabilities: Node, scores: Node) -> Node:
@@ -134,22 +229,32 @@ def sees_nothing(condition: Node, scores: Node) -> bool:
             every = True
         else:
             break
-        condition = condition.args[0]  # type: ignore[assignment]
+        condition = condition.args[0]
     hidden = (
         condition.target is aten.eq.Scalar and condition.args[1] == float("-inf") and not negated
     )
-    return hidden and every and strip(condition.args[0]) is strip(scores)  # type: ignore[arg-type]
+    return hidden and every and strip(condition.args[0]) is strip(scores)
 
 
-def weighs(probabilities: Node) -> bool:
-    """The probabilities, or something made of them element by element, are summed up in a contraction."""
-    todo, seen = [probabilities], {probabilities}
+def is_attention(softmax: Normalised) -> bool:
+    """It weighs something; a router's probabilities do not."""
+    return softmax.scores is None or weighs(softmax.node)
+
+
+def weighs(weights: Node) -> bool:
+    """The weights, or something made of them element by element, are summed up in a contraction."""
+    todo, seen = [weights], {weights}
     while todo:
         node = todo.pop()
         for user in set(node.users) - seen:
-            if user.target in CONTRACTIONS or user.target is aten.sum.dim_IntList:
+            summed = user.target is aten.sum.dim_IntList and strip_copies(node) is not weights
+            if user.target in CONTRACTIONS or summed:
                 return True
-            if user.target in CARRIERS or (is_tensor(user) and same_shape(user, node)):
+            if user.target in CARRIERS or (
+                is_tensor(user)
+                and same_shape(user, node)
+                and user.target is not aten.sum.dim_IntList
+            ):
                 seen.add(user)
                 todo.append(user)
     return False
@@ -159,19 +264,50 @@ def same_shape(a: Node, b: Node) -> bool:
     return len(shape(a)) == len(shape(b)) and all(map(equal, shape(a), shape(b)))
 
 
-def consumer(probabilities: Node) -> tuple[Node, frozenset[Node]]:
-    """The one contraction that the probabilities end in, and the nodes on the way to it."""
-    node, path = probabilities, {probabilities}
+def attention_of(softmax: Normalised) -> Attention:
+    """The softmax and the contraction that consumes it.  Refuses if anything else does."""
+    node, scores, axis, total = softmax.node, softmax.scores, softmax.axis, softmax.total
+    if scores is None:
+        used = [u for u in node.users if u.users]
+        if [u.args[1] for u in used] != [0]:
+            raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used", node)
+        path = frozenset({node, used[0]})
+        return Attention(node, None, axis, None, used[0], used[0], path)
+    contraction, path = consumer(node, () if total is None else toward_sums(node))
+    root = contraction
+    while total is not None and not is_division(root):
+        root = next_carrier(root, "the values are weighed by exponentials that no sum divides")
+        path |= {root}
+    replaced = {root, node}
+    lse = (n for n in log_sum_exps(scores, axis) if escape(n, replaced))
+    return Attention(node, scores, axis, total, contraction, root, path, tuple(lse))
+
+
+def toward_sums(exponential: Node) -> set[Node]:
+    """The sums of the exponentials, and the casts on the way to them."""
+    found = set()
+    for total, _ in row_sums(exponential):
+        node = total
+        while node is not exponential:
+            found.add(node)
+            node = node.args[0]
+    return found
+
+
+def consumer(weights: Node, beside: Collection[Node]) -> tuple[Node, frozenset[Node]]:
+    """The one contraction that the weights end in, and the nodes on the way; `beside` does not count."""
+    node, path = weights, {weights}
     while True:
-        if len(node.users) != 1:
-            users = ", ".join(u.name for u in node.users)
-            raise Refusal(Reason.ESCAPE, f"the probabilities are used by {users}", node)
-        user = next(iter(node.users))
+        users = [u for u in node.users if u not in beside]
+        if len(users) != 1:
+            names = ", ".join(u.name for u in users)
+            raise Refusal(Reason.ESCAPE, f"the probabilities are used by {names}", node)
+        user = users[0]
         path.add(user)
         if user.target in CONTRACTIONS and node in user.args[-2:]:
             return user, frozenset(path)
         summed = user.args[1] if user.target is aten.sum.dim_IntList else ()
-        if node.target is aten.mul.Tensor and len(summed) == 1:  # type: ignore[arg-type]
+        if node.target is aten.mul.Tensor and len(summed) == 1:
             return user, frozenset(path)
         if is_random(user) or any(is_random(a) for a in user.all_input_nodes):
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
@@ -181,9 +317,34 @@ def consumer(probabilities: Node) -> tuple[Node, frozenset[Node]]:
         node = user
 
 
+def is_division(node: Node) -> bool:
+    return node.target is aten.div.Tensor and is_tensor(node.args[1]) and bool(shape(node.args[1]))
+
+
+def next_carrier(node: Node, otherwise: str) -> Node:
+    users = list(node.users)
+    if len(users) != 1 or users[0].target not in RENAMES | CASTS | {aten.div.Tensor}:
+        raise Refusal(Reason.SOFTMAX, otherwise, node)
+    return users[0]
+
+
 def is_random(node: Node) -> bool:
     """A random tensor, or a comparison or cast of one: a dropout mask."""
     through = RENAMES | CASTS | {aten.gt.Scalar, aten.lt.Scalar, aten.div.Tensor}
     while node.op == "call_function" and node.target in through:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return any(word in str(node.target) for word in ("rand", "bernoulli", "dropout"))
+
+
+def escape(node: Node, replaced: Collection[Node]) -> Node | None:
+    """A node beyond the attention that needs `node` even when `replaced` are computed in another way."""
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user in seen or user in replaced:
+                continue
+            if user.op == "output" or user.is_impure():
+                return user
+            seen.add(user)
+            todo.append(user)
+    return None

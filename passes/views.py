@@ -45,7 +45,9 @@ def pick_part(index: Index, dim: int, parts: list[Part]) -> Read:
         begin, end = begin // span, (begin + length) // span
         if true(low >= begin) and true(high <= end):
             local = Digit(first.label, low - begin, end - begin), *index[dim][1:]
-            entry = shift(local, offset, shape(source)[dim])
+            entry = shift(
+                tuple(d for d in local if not equal(d.base, 1)), offset, shape(source)[dim]
+            )
             return None if entry is None else (source, (*index[:dim], entry, *index[dim + 1 :]))
         inside = (end if true(end <= high) else high) - (begin if true(begin >= low) else low)
         if true(inside > 0):
@@ -66,38 +68,38 @@ def _axis(node: Node, rank: int) -> int:
 
 
 def _same(node: Node, index: Index) -> Read:
-    return node.args[0], index  # type: ignore[return-value]
+    return node.args[0], index
 
 
 def _copy(node: Node, index: Index) -> Read:
     source = node.args[1]
-    return (source, broadcast(source, index)) if dtype(source) == dtype(node) else None  # type: ignore[arg-type,return-value]
+    return (source, broadcast(source, index)) if dtype(source) == dtype(node) else None
 
 
 def _view(node: Node, index: Index) -> Read:
-    source: Node = node.args[0]  # type: ignore[assignment]
+    source: Node = node.args[0]
     entries = regroup(index, shape(source), shape(node))
     return None if entries is None else (source, entries)
 
 
 def _expand(node: Node, index: Index) -> Read:
-    return node.args[0], broadcast(node.args[0], index)  # type: ignore[arg-type,return-value]
+    return node.args[0], broadcast(node.args[0], index)
 
 
 def _permute(node: Node, index: Index) -> Read:
     entries: list[Entry] = [()] * len(index)
-    for out, dim in enumerate(node.args[1]):  # type: ignore[arg-type]
-        entries[dim] = index[out]  # type: ignore[index]
-    return node.args[0], tuple(entries)  # type: ignore[return-value]
+    for out, dim in enumerate(node.args[1]):
+        entries[dim] = index[out]
+    return node.args[0], tuple(entries)
 
 
 def _unsqueeze(node: Node, index: Index) -> Read:
     dim = _axis(node, len(index))
-    return node.args[0], index[:dim] + index[dim + 1 :]  # type: ignore[return-value]
+    return node.args[0], index[:dim] + index[dim + 1 :]
 
 
 def _squeeze(node: Node, index: Index) -> Read:
-    source: Node = node.args[0]  # type: ignore[assignment]
+    source: Node = node.args[0]
     kept = [e for e in index if e]
     if len(kept) != sum(not equal(n, 1) for n in shape(source)):
         return None
@@ -105,7 +107,7 @@ def _squeeze(node: Node, index: Index) -> Read:
 
 
 def _slice(node: Node, index: Index) -> Read:
-    source: Node = node.args[0]  # type: ignore[assignment]
+    source: Node = node.args[0]
     dim = _axis(node, len(index))
     size, start = shape(source)[dim], argument(node, "start", 0)
     if argument(node, "step", 1) != 1:
@@ -118,7 +120,7 @@ def _slice(node: Node, index: Index) -> Read:
 
 
 def _select(node: Node, index: Index) -> Read:
-    source: Node = node.args[0]  # type: ignore[assignment]
+    source: Node = node.args[0]
     dim, at = _axis(node, len(shape(source))), argument(node, "index")
     size = shape(source)[dim]
     entry = (Digit(None, at + size if isinstance(at, int) and at < 0 else at, size),)
@@ -132,7 +134,7 @@ def _getitem(node: Node, index: Index) -> Read:
         aten.split.Tensor,
     ):
         return None
-    source: Node = pieces.args[0]  # type: ignore[assignment]
+    source: Node = pieces.args[0]
     dim = _axis(pieces, len(index))
     start = sum((v.shape[dim] for v in pieces.meta["val"][:which]), start=0)
     return shifted(source, index, dim, start)
@@ -140,13 +142,13 @@ def _getitem(node: Node, index: Index) -> Read:
 
 def _cat(node: Node, index: Index) -> Read:
     dim, parts, begin = _axis(node, len(index)), [], 0
-    for source in node.args[0]:  # type: ignore[union-attr]
-        if len(shape(source)) != len(index):  # type: ignore[arg-type]
+    for source in node.args[0]:
+        if len(shape(source)) != len(index):
             return None
-        length = shape(source)[dim]  # type: ignore[arg-type]
+        length = shape(source)[dim]
         parts.append((begin, length, source, 0))
         begin = begin + length
-    return pick_part(index, dim, parts)  # type: ignore[arg-type]
+    return pick_part(index, dim, parts)
 
 
 def _slice_scatter(node: Node, index: Index) -> Read:
@@ -154,16 +156,16 @@ def _slice_scatter(node: Node, index: Index) -> Read:
     dim, start = _axis(node, len(index)), argument(node, "start", 0)
     if argument(node, "step", 1) != 1 or not true(start >= 0):
         return None
-    size, length = shape(node)[dim], shape(source)[dim]  # type: ignore[arg-type]
+    size, length = shape(node)[dim], shape(source)[dim]
     end = start + length
     parts = [(0, start, base, 0), (start, length, source, 0), (end, size - end, base, end)]
-    return pick_part(index, dim, [p for p in parts if not equal(p[1], 0)])  # type: ignore[misc]
+    return pick_part(index, dim, [p for p in parts if not equal(p[1], 0)])
 
 
 def _pad(node: Node, index: Index) -> Read:
     """Zero padding, where the index never reaches the padding."""
-    source: Node = node.args[0]  # type: ignore[assignment]
-    pads: list[Size] = node.args[1]  # type: ignore[assignment]
+    source: Node = node.args[0]
+    pads: list[Size] = node.args[1]
     entries = list(index)
     for i in range(len(pads) // 2):
         dim, before, after = len(index) - 1 - i, pads[2 * i], pads[2 * i + 1]
@@ -182,8 +184,8 @@ def _pad(node: Node, index: Index) -> Read:
 
 def _gather(node: Node, index: Index) -> Read:
     """`source[..., table, ...]` with one integer tensor: that dimension is read where the table says."""
-    source: Node = node.args[0]  # type: ignore[assignment]
-    tables = [(dim, t) for dim, t in enumerate(node.args[1]) if t is not None]  # type: ignore[arg-type]
+    source: Node = node.args[0]
+    tables = [(dim, t) for dim, t in enumerate(node.args[1]) if t is not None]
     if len(tables) != 1:
         return None
     dim, table = tables[0]

@@ -81,10 +81,6 @@ def values_from_before_the_cache_write(x: Inputs) -> Tensor:
     return attend(absorbed_scores(replace(x, kv_c=written)).softmax(-1), x)
 
 
-def soft_cap(x: Inputs) -> Tensor:
-    return attend((absorbed_scores(x).tanh() * 5).softmax(-1), x)
-
-
 def score_squared(x: Inputs) -> Tensor:
     return attend(absorbed_scores(x).square().softmax(-1), x)
 
@@ -204,7 +200,6 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (values_one_token_late, Reason.VALUE),
     (values_of_another_sequence, Reason.VALUE),
     (values_from_before_the_cache_write, Reason.VALUE),
-    (soft_cap, Reason.SCORE),
     (score_squared, Reason.SCORE),
     (negative_scale, Reason.SCALE),
     (three_score_terms, Reason.SCORE),
@@ -220,9 +215,9 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (fill_of_infinity, Reason.MASK),
     (dropout, Reason.DROPOUT),
     (prefill, Reason.PREFILL),
-    (positions_between_latent_and_keys, Reason.NO_LATENT),
-    (nonlinear_expansion, Reason.NO_LATENT),
-    (biased_expansion, Reason.NO_LATENT),
+    (positions_between_latent_and_keys, Reason.BETWEEN),
+    (nonlinear_expansion, Reason.BETWEEN),
+    (biased_expansion, Reason.BETWEEN),
     (quantised_latent, Reason.VALUE),
     (scale_of_every_query, Reason.SCORE),
     (top_left_causal_sdpa, Reason.CAUSAL),

@@ -15,7 +15,8 @@ ORDER = """
 dims paged contents validate reference
 kernels.config kernels.split kernels.combine kernels.decode ops
 passes.graph passes.indexing passes.views passes.site passes.labels passes.softmax
-passes.normal_form passes.masks passes.recognise passes.absorb passes.rewrite passes.inductor
+passes.normal_form passes.masks passes.paging passes.recognise
+passes.absorb passes.rewrite passes.inductor
 backend report demo __main__
 """
 SOURCES = sorted(

@@ -11,7 +11,7 @@ from torch import Tensor
 from mla_compile.passes.site import Reason
 from tests.compiling import NAIVE, OP, Compiled
 from tests.negatives import NEGATIVES
-from tests.spellings import POSITIVES, Inputs, inputs
+from tests.spellings import CALLS, POSITIVES, Inputs, inputs, paged
 
 # Decode and two tokens at once, the three types, static and dynamic sizes: each value of each with
 # each other at least once would be 12 cases; these four have every value with static and dynamic.
@@ -23,27 +23,57 @@ CASES = [
 ]
 
 
+PAGED = [f for f in POSITIVES if f.__module__.endswith("paged")]
+GATHERS = {torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
+
+
+# Python loops over the sequences: their number is a constant of the graph.
+STATIC = {paged.requests_by_slot_with_lse}
+
+
 def error(result: Tensor, exact: Tensor) -> float:
     return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def both(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The output, and the lse if there is one."""
+    return result if isinstance(result, tuple) else (result,)
 
 
 @pytest.mark.parametrize("Sq, dtype, dynamic", CASES)
 @pytest.mark.parametrize("spelling", POSITIVES, ids=lambda f: f.__name__)
 @torch.no_grad()
 def test_mla_becomes_the_op(
-    spelling: Callable[[Inputs], Tensor], Sq: int, dtype: torch.dtype, dynamic: bool
+    spelling: Callable[[Inputs], Tensor | tuple[Tensor, Tensor]],
+    Sq: int,
+    dtype: torch.dtype,
+    dynamic: bool,
 ) -> None:
+    dynamic = dynamic and spelling not in STATIC
     exact = spelling(inputs(Sq=Sq).to(torch.float64))
     x = inputs(Sq=Sq).to(dtype)
     plain = spelling(x)
     compiled = Compiled(spelling)
     result = compiled(x.with_dynamic_sizes() if dynamic else x)
     assert compiled.misses == []
-    assert compiled.count(OP) == 1
+    assert compiled.count(OP) == CALLS.get(spelling, 1)
     assert compiled.count(*NAIVE) == 0
-    assert result.shape == plain.shape
-    assert result.dtype == plain.dtype
-    assert error(result, exact) <= 2 * error(plain, exact)
+    for got, usual, ideal in zip(both(result), both(plain), both(exact), strict=True):
+        assert got.shape == usual.shape
+        assert got.dtype == usual.dtype
+        assert error(got, ideal) <= 2 * error(usual, ideal)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("spelling", PAGED, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_a_pool_of_pages_is_not_gathered(
+    spelling: Callable[[Inputs], Tensor | tuple[Tensor, Tensor]], dynamic: bool
+) -> None:
+    compiled = Compiled(spelling)
+    compiled(inputs().with_dynamic_sizes() if dynamic and spelling not in STATIC else inputs())
+    gathers = [n for graph in compiled.graphs for n in graph.nodes if n.target in GATHERS]
+    assert [n for n in gathers if n.meta["val"].is_floating_point()] == []
 
 
 @pytest.mark.parametrize(

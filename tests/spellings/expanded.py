@@ -1,0 +1,190 @@
+"""Keys and values expanded from the latent in the step, as Hugging Face's models do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.spellings.common import SCALE, Inputs, expand, wide
+
+
+def expanded_eager(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    s = torch.matmul(q, k.transpose(2, 3)) * SCALE
+    p = F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(F.dropout(p, 0.0, training=False), v).transpose(1, 2).contiguous()
+
+
+def expanded_eager_additive_mask_input(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    s = torch.matmul(q, k.transpose(2, 3)) * SCALE + x.bias.to(q.dtype)
+    return torch.matmul(s.softmax(-1, dtype=torch.float32).to(q.dtype), v).transpose(1, 2)
+
+
+def expanded_eager_length_mask(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    low = torch.finfo(q.dtype).min
+    mask = torch.zeros((), dtype=q.dtype).masked_fill(~x.visible[:, None, None], low)
+    s = torch.matmul(q, k.transpose(2, 3)) * SCALE + mask
+    return torch.matmul(s.softmax(-1, dtype=torch.float32).to(q.dtype), v).transpose(1, 2)
+
+
+def expanded_sdpa(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    return F.scaled_dot_product_attention(q, k, v, scale=SCALE).transpose(1, 2)
+
+
+def expanded_sdpa_mask_input(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=x.keep, scale=SCALE).transpose(1, 2)
+
+
+def expanded_sdpa_length_mask(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    mask = x.visible[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE).transpose(1, 2)
+
+
+def expanded_two_linears(x: Inputs) -> Tensor:
+    """Separate W_UK and W_UV, K by cat and expand, the mask before the scale."""
+    B, Skv, _ = x.kv_c.shape
+    q = torch.cat([x.q_nope, x.q_pe], -1).transpose(1, 2)
+    k = F.linear(x.kv_c, x.W_UK.reshape(-1, 32)).view(B, Skv, x.N, -1).transpose(1, 2)
+    v = F.linear(x.kv_c, x.W_UV.reshape(-1, 32)).view(B, Skv, x.N, -1).transpose(1, 2)
+    k = torch.cat([k, x.k_pe[:, None].expand(B, x.N, Skv, -1)], -1)
+    s = (q @ k.mT).masked_fill(~x.visible[:, None, None], float("-inf"))
+    return ((s * SCALE).softmax(-1) @ v).transpose(1, 2)
+
+
+def expanded_heads_last(x: Inputs) -> Tensor:
+    """DeepSeek's naive mode, with the expansion in the step: einsums over [B, S, N, D]."""
+    q = torch.cat([x.q_nope, x.q_pe], -1)
+    kv = F.linear(x.kv_c, x.w).unflatten(-1, (x.N, -1))
+    k = torch.cat([kv[..., : x.P], x.k_pe.unsqueeze(2).expand(-1, -1, x.N, -1)], -1)
+    s = torch.einsum("bshd,bthd->bsht", q, k) * SCALE
+    return torch.einsum("bsht,bthd->bshd", s.softmax(-1), kv[..., x.P :])
+
+
+def expanded_after_a_cache_write(x: Inputs) -> Tensor:
+    """A static cache: the new token is written, then all of it is read."""
+    position = x.lens[:1] - 1
+    kv_c = x.kv_c.index_copy(1, position, x.kv_c[:, :1] * 2)
+    k_pe = x.k_pe.index_copy(1, position, x.k_pe[:, :1] * 2)
+    return expanded_sdpa_length_mask(replace(x, kv_c=kv_c, k_pe=k_pe))
+
+
+def expanded_after_a_cache_append(x: Inputs) -> Tensor:
+    """A dynamic cache: the new token is appended."""
+    kv_c = torch.cat([x.kv_c, x.kv_c[:, :1] * 2], 1)
+    k_pe = torch.cat([x.k_pe, x.k_pe[:, :1] * 2], 1)
+    return expanded_eager(replace(x, kv_c=kv_c, k_pe=k_pe))
+
+
+def angles(x: Inputs, count: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [Skv, count] of every position."""
+    position = torch.arange(x.kv_c.shape[1], dtype=torch.float32)
+    angle = position[:, None] * 0.01 * torch.arange(1, count + 1)
+    return angle.cos().to(x.k_pe.dtype), angle.sin().to(x.k_pe.dtype)
+
+
+def expanded_rope_in_the_step_from_a_unified_cache(x: Inputs) -> Tensor:
+    """GPU MODE's reference: all cached k_pe are rotated in each step."""
+    B, Skv, _ = x.fused.shape
+    kv_c, k_pe = x.fused.split([32, 8], -1)
+    cos, sin = angles(x, 8)
+    a, b = k_pe.chunk(2, -1)
+    k_pe = k_pe * cos + torch.cat([-b, a], -1) * sin
+    k, v = F.linear(kv_c, x.w).view(B, Skv, x.N, -1).split([16, 16], -1)
+    k = torch.cat([k, k_pe[:, :, None].expand(-1, -1, x.N, -1)], -1).transpose(1, 2)
+    q = torch.cat([x.q_nope, x.q_pe], -1).transpose(1, 2)
+    p = F.softmax(torch.matmul(q, k.mT) / math.sqrt(24), dim=-1)
+    return (p @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def expanded_rope_in_the_step_by_halves(x: Inputs) -> Tensor:
+    cos, sin = angles(x, 4)
+    a, b = x.k_pe.chunk(2, -1)
+    return expanded_eager(replace(x, k_pe=torch.cat([a * cos - b * sin, a * sin + b * cos], -1)))
+
+
+def expanded_rope_in_the_step_interleaved(x: Inputs) -> Tensor:
+    cos, sin = angles(x, 4)
+    a, b = x.k_pe[..., 0::2], x.k_pe[..., 1::2]
+    k_pe = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    return expanded_eager(replace(x, k_pe=k_pe))
+
+
+def expanded_rope_in_the_step_complex(x: Inputs) -> Tensor:
+    B, Skv, _ = x.k_pe.shape
+    cos, sin = angles(x, 4)
+    pairs = torch.view_as_complex(x.k_pe.float().reshape(B, Skv, 4, 2))
+    k_pe = torch.view_as_real(pairs * torch.complex(cos.float(), sin.float())).flatten(-2)
+    return expanded_eager(replace(x, k_pe=k_pe.to(x.k_pe.dtype)))
+
+
+def expanded_two_linears_without_rope(x: Inputs) -> Tensor:
+    """Educational code: mask before the scale, heads merged at the end, dropout in eval mode."""
+    B, Skv, _ = x.kv_c.shape
+    k = F.linear(x.kv_c, x.W_UK.reshape(-1, 32)).view(B, Skv, x.N, -1).transpose(1, 2)
+    v = F.linear(x.kv_c, x.W_UV.reshape(-1, 32)).view(B, Skv, x.N, -1).transpose(1, 2)
+    s = x.q_nope.transpose(1, 2) @ k.transpose(2, 3)
+    s.masked_fill_(~x.keep, -torch.inf)
+    p = F.dropout(torch.softmax(s / k.shape[-1] ** 0.5, dim=-1), 0.1, training=False)
+    return (p @ v).transpose(1, 2).contiguous().view(B, -1, x.N * 16)
+
+
+def expanded_heads_looped(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    outs = [torch.softmax(q[:, h] @ k[:, h].mT * SCALE, -1) @ v[:, h] for h in range(x.N)]
+    return torch.stack(outs, 2)
+
+
+def expanded_multiply_and_sum(x: Inputs) -> Tensor:
+    """What Inductor makes of a bmm of one row under coordinate-descent tuning."""
+    q, k, v = expand(x)
+    p = ((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) * SCALE).softmax(-1)
+    return (p.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2).transpose(1, 2)
+
+
+def expanded_sdpa_additive_mask_input(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    mask = x.bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE).transpose(1, 2)
+
+
+def expanded_bias_of_every_head(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    slopes = 0.5 ** torch.arange(1, x.N + 1, dtype=q.dtype)
+    bias = slopes[:, None, None] * torch.arange(x.kv_c.shape[1], dtype=q.dtype) / 8
+    return (((q @ k.mT) * SCALE + bias).softmax(-1) @ v).transpose(1, 2)
+
+
+def expanded_from_slices_of_a_fused_cache(x: Inputs) -> Tensor:
+    """A linear of a strided slice becomes a bmm with a weight of stride zero."""
+    return expanded_eager(replace(x, kv_c=x.fused[..., :32], k_pe=x.fused[..., 32:]))
+
+
+def expanded_in_fp32(x: Inputs) -> Tensor:
+    q, k, v = (wide(t) for t in expand(x))
+    return ((q @ k.mT * SCALE).softmax(-1) @ v).transpose(1, 2).to(x.kv_c.dtype)
+
+
+def expanded_batch_and_heads_flattened(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    B, N, Sq, _ = q.shape
+    s = torch.bmm(q.reshape(B * N, Sq, -1), k.reshape(B * N, -1, 24).transpose(1, 2)) * SCALE
+    out = torch.bmm(s.softmax(-1), v.reshape(B * N, -1, 16))
+    return out.view(B, N, Sq, 16).transpose(1, 2)
+
+
+def expanded_sdpa_without_rope(x: Inputs) -> Tensor:
+    """Keys as wide as values: on a CPU the call stays fused, with its query's layout."""
+    _, k, v = expand(x)
+    q, mask = x.q_nope.transpose(1, 2), x.keep
+    out = F.scaled_dot_product_attention(q, k[..., :16], v, attn_mask=mask, scale=SCALE)
+    B, N, Sq, _ = out.shape
+    return out.transpose(1, 2).contiguous().view(B, Sq, N * 16)

@@ -1,0 +1,75 @@
+"""Softmax in other words: late division, logsumexp, and the lse as a second result."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.spellings.common import SCALE, Inputs, absorbed_scores, expand, up, wide
+
+
+def scores(x: Inputs) -> Tensor:
+    return wide(absorbed_scores(x)).masked_fill(~x.visible[:, None, None], float("-inf"))
+
+
+def weighed(p: Tensor, x: Inputs) -> Tensor:
+    return torch.einsum("bsht,btc->bshc", p.to(x.kv_c.dtype), x.kv_c)
+
+
+def softmax_by_logsumexp(x: Inputs) -> Tensor:
+    s = scores(x)
+    return up(weighed((s - s.logsumexp(-1, keepdim=True)).exp(), x), x)
+
+
+def softmax_without_a_maximum(x: Inputs) -> Tensor:
+    e = scores(x).exp()
+    return up(weighed(e / e.sum(-1, keepdim=True), x), x)
+
+
+def softmax_with_the_sum_unsqueezed(x: Inputs) -> Tensor:
+    s = scores(x)
+    e = (s - s.max(-1).values.unsqueeze(-1)).exp()
+    return up(weighed(e / e.sum(-1).unsqueeze(-1), x), x)
+
+
+def divided_after_the_values(x: Inputs) -> Tensor:
+    s = scores(x)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    out = weighed(e, x) / e.sum(-1, keepdim=True)
+    return up(out.to(x.kv_c.dtype), x)
+
+
+def divided_after_the_expanded_values(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    s = wide(q @ k.mT) * SCALE
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    out = (e.to(v.dtype) @ v) / e.sum(-1, keepdim=True)
+    return out.to(v.dtype).transpose(1, 2)
+
+
+def lse_beside_a_softmax(x: Inputs) -> tuple[Tensor, Tensor]:
+    """AITER's reference: both are computed from the scores."""
+    s = scores(x)
+    return up(weighed(s.softmax(-1), x), x), s.logsumexp(-1)
+
+
+def lse_that_the_probabilities_are_made_of(x: Inputs) -> tuple[Tensor, Tensor]:
+    """FlashMLA's reference."""
+    s = scores(x)
+    lse = s.logsumexp(-1)
+    return up(weighed((s - lse.unsqueeze(-1)).exp(), x), x), lse
+
+
+def lse_of_a_late_division(x: Inputs) -> tuple[Tensor, Tensor]:
+    s = scores(x)
+    top = s.amax(-1, keepdim=True)
+    e = (s - top).exp()
+    total = e.sum(-1, keepdim=True)
+    out = weighed(e, x) / total
+    return up(out.to(x.kv_c.dtype), x), (top + total.log()).squeeze(-1)
+
+
+def lse_of_expanded_heads_first(x: Inputs) -> tuple[Tensor, Tensor]:
+    q, k, v = expand(x)
+    s = wide(q @ k.mT) * SCALE
+    return (s.softmax(-1).to(v.dtype) @ v).transpose(1, 2), s.logsumexp(-1) / 0.6931
