@@ -1,11 +1,12 @@
 """Random programs: what the pass makes of MLA computes the same; what is not MLA stays what it is.
 
-    python -m tests.test_fuzz 10000    # that many graphs, and every failure among them
+python -m tests.test_fuzz 10000    # that many graphs, and every failure among them
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +21,22 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
+from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+import mla_compile
+from mla_compile.backend import mla
 from tests.compiling import Compiled
 from tests.fuzz_inputs import PAGE, Inputs, Sizes, inputs
 from tests.grammar import CHOICES, Program
 from tests.mutations import MUTATIONS
+from tests.rewire import rewire
 from tests.test_recognise import error
 
-GRAPHS = 200  # in CI: half of them MLA, half of them mutants
-FLOOR = 0.3  # so many of the MLA graphs are rewritten at least
+EDGES = 10  # rewired edges of one program, a graph each
+SAMPLES = 4  # inputs of one program: two sizes if it is dynamic, and errors that are not luck
 SECONDS = 60  # for the pass on one graph; the slowest takes 2
 
 
@@ -56,6 +62,14 @@ def mutants(draw: st.DrawFn) -> Program:
     return replace(program, mutation=draw(st.sampled_from(fitting)))
 
 
+@st.composite
+def rewirings(draw: st.DrawFn) -> tuple[Program, list[tuple[int, int]]]:
+    """A program in float64, where nothing but the meaning differs, and edges to rewire."""
+    number = st.integers(0, 10**6)
+    edges = st.lists(st.tuples(number, number), min_size=EDGES, max_size=EDGES)
+    return replace(draw(programs()), dtype=torch.float64, dynamic=False), draw(edges)
+
+
 class Flat(nn.Module):
     """A program of tensors, as AOTAutograd takes it."""
 
@@ -67,16 +81,29 @@ class Flat(nn.Module):
         return list(self.program(Inputs(*tensors)))
 
 
-@torch.no_grad()
-def rewritten(program: Program, x: Inputs) -> tuple[Compiled, Callable[[Inputs], list[Tensor]]]:
-    """The program after AOTAutograd and the pass: what Inductor gets, without Dynamo before it."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    dynamic = Inputs.dynamic if program.dynamic else {}
-    fakes = [fake(mode, t, dynamic.get(name, ())) for name, t in x.tensors().items()]
-    compiled = Compiled(program)
-    with tracing(TracingContext(mode)), limited(SECONDS):
-        run = compiled.backend(Flat(program), fakes)
-    return compiled, lambda x: run(*x.tensors().values())
+@dataclass
+class Traced(Compiled):
+    """A program after AOTAutograd, as Inductor gets it but without Dynamo before it; and the pass."""
+
+    modules: list[GraphModule] = field(default_factory=list)  # before the pass
+
+    def run_pass(self, gm: GraphModule) -> None:
+        self.modules.append(copy.deepcopy(gm))
+        with limited(SECONDS):
+            super().run_pass(gm)
+        view_to_reshape(
+            gm
+        )  # Inductor does so after the pass: the op's output has strides of its own
+        gm.recompile()
+
+    @torch.no_grad()
+    def trace(self, program: Program) -> Callable[..., list[Tensor]]:
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        dynamic = Inputs.dynamic if program.dynamic else {}
+        tensors = inputs(program.sizes).to(program.dtype).tensors()
+        fakes = [fake(mode, t, dynamic.get(name, ())) for name, t in tensors.items()]
+        with tracing(TracingContext(mode)):
+            return self.backend(Flat(program), fakes)
 
 
 def fake(mode: FakeTensorMode, t: Tensor, dynamic: Sequence[int]) -> Tensor:
@@ -100,20 +127,6 @@ def limited(seconds: int) -> Iterator[None]:
         signal(SIGALRM, previous)
 
 
-def finite(result: Tensor, plain: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros where a row sees no token and plain PyTorch has NaN: there the op's 0 is documented."""
-    known = plain.isfinite() & exact.isfinite()
-    return tuple(torch.where(known, t.double(), 0) for t in (result, plain, exact))
-
-
-def same(result: Tensor, plain: Tensor, exact: Tensor) -> bool:
-    """Within twice the error of plain PyTorch, or of the rounding of the result alone."""
-    rounding = torch.finfo(plain.dtype).eps / 2
-    alike = (result.shape, result.dtype) == (plain.shape, plain.dtype)
-    result, plain, exact = finite(result, plain, exact)
-    return alike and error(result, exact) <= 2 * max(error(plain, exact), rounding)
-
-
 @dataclass
 class Tally:
     """What became of the graphs."""
@@ -121,27 +134,169 @@ class Tally:
     rewritten: int = 0
     graphs: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    slowest: float = 0.0
+
+    def add(self, compiled: Compiled) -> None:
+        self.graphs += 1
+        self.rewritten += bool(compiled.sites) and not compiled.misses
+        self.refused.update(m.reason.name for m in compiled.misses)
+        self.refused["not seen"] += not compiled.verdicts
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in self.refused.most_common())
-        return f"{self.rewritten} of {self.graphs} graphs rewritten; refused: {reasons or 'none'}"
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self.refused.most_common() if n)
+        return f"{self.rewritten} of {self.graphs} graphs rewritten; attentions left: {reasons}"
+
+
+def known(result: Tensor, plain: Tensor, exact: Tensor) -> list[Tensor]:
+    """Zeros where plain PyTorch has NaN: a row that sees no token, and the op's 0 is documented."""
+    real = plain.isfinite() & exact.isfinite()
+    return [torch.where(real, t.double(), 0).flatten() for t in (result, plain, exact)]
 
 
 @torch.no_grad()
-def check(program: Program, tally: Tally) -> None:
-    """The rewritten program computes what the program does, at the traced sizes and, if dynamic, at others."""
-    x = inputs(program.sizes).to(program.dtype)
-    compiled, run = rewritten(program, x)
-    tally.graphs += 1
-    tally.rewritten += bool(compiled.sites) and not compiled.misses
-    tally.refused.update(m.reason.name for m in compiled.misses)
-    tally.refused["not seen"] += not compiled.verdicts
+def check_program(program: Program, tally: Tally) -> None:
+    """Each output is as near to float64 as twice the error of plain PyTorch, or of rounding alone."""
+    compiled = Traced(program)
+    run = compiled.trace(program)
+    tally.add(compiled)
     if not compiled.sites:
         return
-    longer = program.sizes.longer if program.dynamic else program.sizes
-    for n, random_state in ((program.sizes, 0), (longer, 1)):
-        x = inputs(n, random_state).to(program.dtype)
-        results, plains, exacts = run(x), program(x), program(x.to(torch.float64))
-        for result, plain, exact in zip(results, plains, exacts, strict=True):
-            assert same(result, plain, exact), f"{compiled.sites[0]}"
+    samples: list[list[list[Tensor]]] = []
+    for i in range(SAMPLES):
+        n = program.sizes.longer if program.dynamic and i % 2 else program.sizes
+        x = inputs(n, seed=i).to(program.dtype)
+        results, plains, exacts = (
+            run(*x.tensors().values()),
+            program(x),
+            program(x.to(torch.float64)),
+        )
+        for result, plain in zip(results, plains, strict=True):
+            assert (result.shape, result.dtype) == (plain.shape, plain.dtype)
+        samples.append([known(*o) for o in zip(results, plains, exacts, strict=True)])
+    rounding = torch.finfo(program.dtype).eps / 2
+    for output in zip(*samples, strict=True):
+        result, plain, exact = (torch.cat(ts) for ts in zip(*output, strict=True))
+        if exact.any():
+            allowed = 2 * max(error(plain, exact), rounding)
+            assert error(result, exact) <= allowed, compiled.sites
+        else:
+            assert not result.any(), compiled.sites
+
+
+@torch.no_grad()
+def check_rewiring(case: tuple[Program, list[tuple[int, int]]], tally: Tally) -> None:
+    """With any edge changed, the graph computes the same before the pass and after it."""
+    program, edges = case
+    traced = Traced(program)
+    traced.trace(program)
+    x = list(inputs(program.sizes).to(program.dtype).tensors().values())
+    for which, how in edges:
+        module = copy.deepcopy(traced.modules[0])
+        change = rewire(module, which, how)
+        expected = module(*x)
+        compiled = Traced(program)
+        compiled.run_pass(module)
+        tally.add(compiled)
+        for result, exact in zip(module(*x), expected, strict=True):
+            got, _, ideal = known(result, exact, exact)
+            # Half the digits of float64: a wrong tensor differs in the first ones.
+            near = error(got, ideal) <= torch.finfo(torch.float64).eps ** 0.5
+            assert near or not ideal.any(), (change, compiled.sites)
+
+
+CI = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def fuzz(
+    strategy: st.SearchStrategy[Any], check: Callable[..., None], choices: settings, start: int = 0
+) -> Tally:
+    tally = Tally()
+
+    @seed(start)
+    @choices
+    @given(strategy)
+    def run(case: Any) -> None:
+        check(case, tally)
+
+    run()
+    return tally
+
+
+# What is fuzzed: cases, the check of one, graphs of a case, cases in CI, and how many of the graphs
+# must be rewritten at least, lest refusing everything be right.
+KINDS = {
+    "MLA": (programs(), check_program, 1, 50, 0.5),
+    "mutants": (mutants(), check_program, 1, 50, 0.1),
+    "rewired": (rewirings(), check_rewiring, EDGES, 10, 0.1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_computes_the_same(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy, check, _, cases, floor = KINDS[kind]
+    tally = fuzz(strategy, check, settings(CI, max_examples=cases))
+    with capsys.disabled():
+        print(f"\n{kind}: {tally}")
+    assert floor * tally.graphs <= tally.rewritten
+
+
+@torch.no_grad()
+def check_dynamo(program: Program, tally: Tally) -> None:
+    """torch.compile finds the same attentions in the same graph."""
+    program = replace(program, dynamic=False)
+    traced, compiled = Traced(program), Traced(program)
+    traced.trace(program)
+    compiled(inputs(program.sizes).to(program.dtype))
+    tally.add(compiled)
+    assert calls(traced.modules[0]) == calls(compiled.modules[0])
+
+
+def calls(module: GraphModule) -> list[Any]:
+    module.graph.eliminate_dead_code()
+    return [n.target for n in module.graph.find_nodes(op="call_function")]
+
+
+def test_dynamo_gives_the_same_graphs() -> None:
+    assert fuzz(programs() | mutants(), check_dynamo, settings(CI, max_examples=6)).graphs == 6
+
+
+@torch.no_grad()
+def test_inductor_computes_the_same() -> None:
+    choices = {name: values[0] for name, values in CHOICES.items()}
+    program = Program(Sizes(B=2, Sq=1, Skv=16, N=3, Lkv=16, R=4, P=8, V=12), **choices)
+    for one in (program, replace(program, absorbed=True, hide="lengths", cache="pages")):
+        x = inputs(one.sizes).to(one.dtype)
+        torch._dynamo.reset()
+        mla_compile.counters.clear()
+        result = torch.compile(one, backend=mla, fullgraph=True)(x)
+        assert mla_compile.counters == {"rewritten": 1}
+        torch.testing.assert_close(result, one(x))
+
+
+def main() -> int:
+    """Every failure is printed, not only the first; nothing is shrunk."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("graphs", type=int, nargs="?", default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    failures = 0
+    share = arguments.graphs // len(KINDS)
+    for kind, (strategy, check, graphs, _, _) in KINDS.items():
+
+        def collected(case: Any, tally: Tally, check: Callable[..., None] = check) -> None:
+            nonlocal failures
+            try:
+                check(case, tally)
+            except Exception as exception:
+                failures += 1
+                print(f"{type(exception).__name__}: {exception}\n    {case}", flush=True)
+
+        start = time.perf_counter()
+        choices = settings(CI, max_examples=share // graphs, phases=[Phase.generate])
+        tally = fuzz(strategy, collected, choices, arguments.seed)
+        print(f"{kind}: {tally}; {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{failures} failures")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
