@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from tests.rewire import rewire
 from tests.test_recognise import error
 
 EDGES = 10  # rewired edges of one program, a graph each
-SAMPLES = 4  # inputs of one program: two sizes if it is dynamic, and errors that are not luck
+SAMPLES = 8  # inputs of one program: two sizes if it is dynamic, and errors that are not luck
 SECONDS = 60  # for the pass on one graph; the slowest takes 2
 
 
@@ -83,7 +82,7 @@ class Flat(nn.Module):
 
 @dataclass
 class Traced(Compiled):
-    """A program after AOTAutograd, as Inductor gets it but without Dynamo before it; and the pass."""
+    """A program after AOTAutograd, as Inductor gets it, without Dynamo before it; and the pass."""
 
     modules: list[GraphModule] = field(default_factory=list)  # before the pass
 
@@ -154,7 +153,7 @@ def known(result: Tensor, plain: Tensor, exact: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def check_program(program: Program, tally: Tally) -> None:
-    """Each output is as near to float64 as twice the error of plain PyTorch, or of rounding alone."""
+    """No output errs more than twice as much as plain PyTorch, or as one unit in the last place."""
     compiled = Traced(program)
     run = compiled.trace(program)
     tally.add(compiled)
@@ -172,11 +171,11 @@ def check_program(program: Program, tally: Tally) -> None:
         for result, plain in zip(results, plains, strict=True):
             assert (result.shape, result.dtype) == (plain.shape, plain.dtype)
         samples.append([known(*o) for o in zip(results, plains, exacts, strict=True)])
-    rounding = torch.finfo(program.dtype).eps / 2
+    unit = torch.finfo(program.dtype).eps  # a few numbers can be exact by luck
     for output in zip(*samples, strict=True):
         result, plain, exact = (torch.cat(ts) for ts in zip(*output, strict=True))
         if exact.any():
-            allowed = 2 * max(error(plain, exact), rounding)
+            allowed = 2 * max(error(plain, exact), unit)
             assert error(result, exact) <= allowed, compiled.sites
         else:
             assert not result.any(), compiled.sites
@@ -277,23 +276,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("graphs", type=int, nargs="?", default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
     failures = 0
-    share = arguments.graphs // len(KINDS)
-    for kind, (strategy, check, graphs, _, _) in KINDS.items():
+    share = arguments.graphs // len(arguments.kinds)
+    for kind in arguments.kinds:
+        strategy, check, graphs, _, _ = KINDS[kind]
 
-        def collected(case: Any, tally: Tally, check: Callable[..., None] = check) -> None:
+        def collected(
+            case: Any, tally: Tally, check: Callable[..., None] = check, kind: str = kind
+        ) -> None:
             nonlocal failures
             try:
                 check(case, tally)
             except Exception as exception:
                 failures += 1
                 print(f"{type(exception).__name__}: {exception}\n    {case}", flush=True)
+            if tally.graphs % 100 == 0:
+                print(f"{kind}: {tally}", flush=True)
 
-        start = time.perf_counter()
         choices = settings(CI, max_examples=share // graphs, phases=[Phase.generate])
         tally = fuzz(strategy, collected, choices, arguments.seed)
-        print(f"{kind}: {tally}; {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{kind}: {tally}", flush=True)
     print(f"{failures} failures")
     return int(failures > 0)
 
