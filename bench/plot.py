@@ -1,63 +1,104 @@
-"""Bars of naive PyTorch against the op, per context, from a CSV of bench.decode alone.
+"""Bars of native PyTorch beside the op, from the CSVs of bench.decode and bench.model alone.
 
-python -m bench.plot bench/results/decode-nvidia-h200.csv     # writes the .svg beside it
+    python -m bench.plot bench/results/decode-h200.csv bench/results/model-h200.csv
+
+One panel a CSV; the number above a native bar is how many times as long it takes as the last bar.
 """
 
 import argparse
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-OURS = "mla_compile"
+Row = dict[str, str]
+COLOURS = ["#c4c7cc", "#8b9098", "#d1452b"]
+LABELS = {"mla": 'torch.compile, backend="mla"'}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What to draw of a CSV: rows where `only` holds, one group of bars for each value of `x`."""
+
+    title: str
+    x: str
+    xlabel: str
+    only: Row
+    providers: tuple[str, str, str]  # the last is ours
+
+
+DECODE = Panel(
+    "the op, batch {batch}, page {page}",
+    "context",
+    "cached tokens",
+    {"batch": "128", "page": "1"},
+    ("naive eager bf16", "naive torch.compile", "mla_compile"),
+)
+MODEL = Panel(
+    "Hugging Face DeepSeek-V3 attention, {context} tokens",
+    "batch",
+    "batch",
+    {"part": "attention"},
+    ("eager", "torch.compile", "mla"),
+)
+
+
+def multiple(ratio: float) -> str:
+    return f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
+
+
+def draw(axes: Axes, panel: Panel, rows: list[Row]) -> None:
+    chosen = [r for r in rows if r["ms"] and all(r[k] == v for k, v in panel.only.items())]
+    ms = {(int(r[panel.x]), r["provider"]): float(r["ms"]) for r in chosen}
+    groups = sorted({x for x, _ in ms})
+    ours = panel.providers[-1]
+    for i, (provider, colour) in enumerate(zip(panel.providers, COLOURS, strict=True)):
+        at = [g + (i - 1) * 0.28 for g in range(len(groups))]
+        bars = axes.bar(
+            at,
+            [ms[x, provider] for x in groups],
+            0.26,
+            color=colour,
+            label=LABELS.get(provider, provider),
+        )
+        if provider != ours:
+            times = [multiple(ms[x, provider] / ms[x, ours]) for x in groups]
+            axes.bar_label(bars, times, fontsize=7, padding=1)
+    axes.set_xticks(range(len(groups)), [str(x) for x in groups])
+    axes.set_xlabel(panel.xlabel)
+    axes.set_ylabel("ms")
+    axes.set_title(panel.title.format(**chosen[0]), fontsize=9)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("--batch", type=int, help="the largest in the CSV if absent")
-    parser.add_argument("--page", type=int, default=1)
-    parser.add_argument("--native", default="naive torch.compile", help="provider to compare with")
-    parser.add_argument("--out", type=Path, help="SVG or PNG, else the CSV's name with .svg")
+    parser.add_argument("csv", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, help="SVG, else the first CSV's name with .svg")
     args = parser.parse_args()
 
-    with args.csv.open() as file:
-        rows = list(csv.DictReader(file))
-    batch = args.batch or max(int(row["batch"]) for row in rows)
-    chosen = [r for r in rows if (int(r["batch"]), int(r["page"])) == (batch, args.page)]
-    ms = {(r["provider"], int(r["context"])): float(r["ms"]) for r in chosen if r["ms"]}
-    contexts = sorted({c for p, c in ms if p == OURS} & {c for p, c in ms if p == args.native})
-
-    plt.rcParams["svg.hashsalt"] = "mla-compile"  # the same CSV gives the same bytes
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for shift, provider, colour in [(-0.2, args.native, "#9aa0a6"), (0.2, OURS, "#d1452b")]:
-        heights = [ms[provider, c] for c in contexts]
-        axes.bar(
-            [i + shift for i in range(len(contexts))], heights, 0.4, label=provider, color=colour
-        )
-    for i, c in enumerate(contexts):
-        ours = ms[OURS, c]
-        axes.annotate(
-            f"{ms[args.native, c] / ours:.1f}×", (i + 0.2, ours), ha="center", va="bottom"
-        )
-    axes.set_xticks(range(len(contexts)), [str(c) for c in contexts])
-    axes.set_xlabel("cached tokens")
-    axes.set_ylabel("ms")
-    first = chosen[0]
-    axes.set_title(
-        f"MLA decode, {first['device']}, bf16, batch {batch}, {first['heads']} heads, "
-        f"page {args.page}\ntorch {first['torch']}, triton {first['triton']}, {first['commit']}",
-        fontsize=9,
+    # The same CSV gives the same bytes; text stays text.
+    plt.rcParams |= {"svg.hashsalt": "mla-compile", "svg.fonttype": "none"}
+    count = len(args.csv)
+    figure, panels = plt.subplots(
+        ncols=count, figsize=(5 * count, 3), layout="constrained", squeeze=False
     )
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    out = args.out or args.csv.with_suffix(".svg")
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    for path, axes in zip(args.csv, panels[0], strict=True):
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        draw(axes, MODEL if "part" in rows[0] else DECODE, rows)
+    first = rows[0]
+    origin = f"{first['device']}, torch {first['torch']}, triton {first['triton']}"
+    figure.suptitle(f"{origin}, bf16, {first['heads']} heads, CUDA graphs", fontsize=10)
+    figure.savefig(args.out or args.csv[0].with_suffix(".svg"), metadata={"Date": None})
 
 
 if __name__ == "__main__":

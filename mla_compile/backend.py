@@ -36,12 +36,12 @@ def mla(
 
 
 def options(**inductor_options: Any) -> dict[str, Any]:
-    """Inductor options with the pass among them, for `torch.compile(model, options=options(...))`."""
+    """Inductor options with the pass among them: `torch.compile(model, options=options(...))`."""
     return _with_pass(inductor_options)
 
 
 def enable() -> Enabled:
-    """Put the pass into every compilation from here on, for code that calls torch.compile by itself.
+    """Put the pass into every compilation from here on, for code that compiles by itself.
 
     Also a context manager: `with mla_compile.enable(): model.generate(...)`.  What was compiled
     before stays as it is (torch._dynamo.reset() forgets it), and a compilation with an option

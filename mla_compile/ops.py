@@ -7,6 +7,7 @@ call on a GPU: importing this module imports no Triton.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from mla_compile.contents import refuse
 from mla_compile.reference import mla_decode_reference
 from mla_compile.validate import (
-    Call,
     check_dtypes,
     check_out,
     check_tensors,
@@ -74,32 +74,31 @@ torch.library.register_fake("mla_compile::mla_decode_out", _decode_out_fake, lib
 torch.library.register_fake("mla_compile::mla_decode_fwd", _fwd_fake, lib=_library)
 
 
-def _run_cpu(call: Call, out: Tensor, lse: Tensor, splits: int | None, ws: Tensor | None) -> None:
+def _run_cpu(
+    inputs: tuple[Any, ...],
+    options: dict[str, Any],
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    call = validate(*inputs, **options, out=out, lse=lse, workspace=workspace)
+    fresh_out, fresh_lse = _empty_outputs(call.q_nope)
+    out, lse = fresh_out if out is None else out, fresh_lse if lse is None else lse
     mla_decode_reference(call, out, lse)
+    return out, lse
 
 
-def _run_gpu(call: Call, out: Tensor, lse: Tensor, splits: int | None, ws: Tensor | None) -> None:
-    from mla_compile.kernels.decode import launch
+def _run_gpu(*args: Any, **outputs: Any) -> tuple[Tensor, Tensor]:
+    from mla_compile.kernels.decode import decode
 
-    with torch.cuda.device(out.device):  # Triton launches on the current one
-        launch(call, out, lse, splits, ws)
+    return decode(*args, **outputs)
 
 
-def _register(key: str, run: Any) -> None:
+def _register(key: str, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
     def decode(
-        q_nope: Tensor,
-        q_pe: Tensor,
-        kv_c: Tensor,
-        k_pe: Tensor,
-        sm_scale: float,
-        *,
-        num_kv_splits: int | None = None,
-        **options: Any,
+        q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, sm_scale: float, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        call = validate(q_nope, q_pe, kv_c, k_pe, sm_scale, num_kv_splits=num_kv_splits, **options)
-        out, lse = _empty_outputs(q_nope)
-        run(call, out, lse, num_kv_splits, None)
-        return out, lse
+        return run((q_nope, q_pe, kv_c, k_pe, sm_scale), options)
 
     def decode_out(
         q_nope: Tensor,
@@ -111,22 +110,9 @@ def _register(key: str, run: Any) -> None:
         out: Tensor,
         lse: Tensor,
         workspace: Tensor | None = None,
-        num_kv_splits: int | None = None,
         **options: Any,
     ) -> None:
-        call = validate(
-            q_nope,
-            q_pe,
-            kv_c,
-            k_pe,
-            sm_scale,
-            out=out,
-            lse=lse,
-            workspace=workspace,
-            num_kv_splits=num_kv_splits,
-            **options,
-        )
-        run(call, out, lse, num_kv_splits, workspace)
+        run((q_nope, q_pe, kv_c, k_pe, sm_scale), options, out, lse, workspace)
 
     def decode_fwd(
         q: Tensor,
@@ -149,27 +135,23 @@ def _register(key: str, run: Any) -> None:
     ) -> Tensor:
         _check_fused(q, kv_buffer, o)
         _check_fused_sizes(q, kv_buffer, o, page_size, nhead_kv)
-        Lkv, kv = o.shape[2], kv_buffer[:, :, 0]
-        call = validate(
-            q[..., :Lkv],
-            q[..., Lkv:],
-            kv[..., :Lkv],
-            kv[..., Lkv:],
-            q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
-            kv_indptr=kv_indptr,
-            kv_indices=kv_indices,
-            kv_last_page_lens=kv_last_page_lens,
-            qo_indptr=qo_indptr,
-            max_seqlen_q=max_seqlen_q,
-            causal=causal,
-            logit_cap=logit_cap,
-            q_scale=q_scale,
-            k_scale=kv_scale,
-            num_kv_splits=num_kv_splits,
-        )
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        run(call, o, lse, num_kv_splits, None)
-        return lse
+        Lkv, width = o.shape[2], q.shape[2]
+        q_nope, q_pe = q.split_with_sizes((Lkv, width - Lkv), -1)
+        kv_c, k_pe = kv_buffer.squeeze(2).split_with_sizes((Lkv, width - Lkv), -1)
+        scale = width**-0.5 if sm_scale is None else sm_scale
+        options = {
+            "kv_indptr": kv_indptr,
+            "kv_indices": kv_indices,
+            "kv_last_page_lens": kv_last_page_lens,
+            "qo_indptr": qo_indptr,
+            "max_seqlen_q": max_seqlen_q,
+            "causal": causal,
+            "logit_cap": logit_cap,
+            "q_scale": q_scale,
+            "k_scale": kv_scale,
+            "num_kv_splits": num_kv_splits,
+        }
+        return run((q_nope, q_pe, kv_c, k_pe, scale), options, o)[1]
 
     _library.impl("mla_decode", decode, key)
     _library.impl("mla_decode_out", decode_out, key)

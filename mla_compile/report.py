@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo import output_graph
+from torch._guards import TracingContext
 from torch._inductor import config
+from torch.fx import Graph, Node
 
+from mla_compile.page import Section, html
+from mla_compile.passes.graph import strip
 from mla_compile.passes.inductor import MLAPass, Verdict
-from mla_compile.passes.site import Miss, MLASite, ScoreTerm
+from mla_compile.passes.site import Miss, MLASite, ScoreTerm, source_line
+from mla_compile.passes.softmax import find_softmaxes, is_attention
+from mla_compile.picture import Op, between, snapshot, svg
+from mla_compile.saving import saving
 
 
 @dataclass(frozen=True)
@@ -18,12 +30,31 @@ class Rewritten:
     """One attention that became the op."""
 
     where: str  # file:line of the softmax in the user's code
+    module: str  # its path in the model, '' outside of one
     form: str
     cache: str
     mask: str
     scale: float  # the softmax scale, without factors already in the queries
     op: str
+    kernel: str  # of this machine's GPU, and why; '' on a CPU
     dims: dict[str, Any]  # by the names of DESIGN.md's symbol table; values may be symbolic
+    saves: dict[str, str]
+    before: str = field(repr=False)  # inline SVG
+    after: str = field(repr=False)
+
+    def rows(self) -> dict[str, str]:
+        rows = {
+            "module": self.module,
+            "form": self.form,
+            "cache": self.cache,
+            "mask": self.mask,
+            "scale": f"{self.scale:.6g}",
+            "sizes": ", ".join(f"{name}={size}" for name, size in self.dims.items()),
+            "became": self.op,
+            "kernel": self.kernel,
+            **self.saves,
+        }
+        return {k: v for k, v in rows.items() if v}
 
 
 @dataclass(frozen=True)
@@ -31,9 +62,22 @@ class Refused:
     """One attention that was left as it was."""
 
     where: str
+    module: str
     reason: str
     detail: str
     remedy: str
+    node: str  # that gave the reason, and its source line
+    graph_break: str = ""  # at which the attention's graph begins or ends
+
+    def rows(self) -> dict[str, str]:
+        rows = {
+            "module": self.module,
+            "left": f"{self.reason}: {self.detail}",
+            "node": self.node,
+            "remedy": self.remedy,
+            "break": self.graph_break,
+        }
+        return {k: v for k, v in rows.items() if v}
 
 
 @dataclass
@@ -42,56 +86,226 @@ class Report:
 
     sites: list[Rewritten] = field(default_factory=list)
     misses: list[Refused] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)  # graph breaks: source line and reason
+    graphs: int = 0  # that were compiled
 
-    def record(self, verdict: Verdict) -> None:
-        if isinstance(verdict, Miss):
-            self.misses.append(
-                Refused(verdict.where, verdict.reason.name, verdict.detail, verdict.remedy)
-            )
-        else:
-            self.sites.append(rewritten(verdict))
+    def title(self) -> str:
+        if not self.graphs:
+            return "nothing was compiled: wrap the model in torch.compile, or pass it to explain()"
+        counts = f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"
+        return f"{counts}, {self.graphs} graph(s), {len(self.breaks)} graph break(s)"
+
+    def sections(self) -> Iterable[Section]:
+        attentions: list[Rewritten | Refused] = [*self.sites, *self.misses]
+        for i, found in enumerate(attentions, start=1):
+            pictures = {}
+            if isinstance(found, Rewritten):
+                pictures = {"before": found.before, "after": found.after}
+            yield Section(f"[{i}] {found.where}", found.rows(), pictures)
+        for text in self.breaks:
+            where, _, reason = text.partition(": ")
+            yield Section(f"graph break at {where}", {"reason": reason})
 
     def __str__(self) -> str:
-        lines = [f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"]
-        for i, s in enumerate(self.sites, start=1):
-            sizes = ", ".join(f"{name}={size}" for name, size in s.dims.items())
-            rows = {
-                "form": s.form,
-                "cache": s.cache,
-                "mask": s.mask,
-                "scale": f"{s.scale:.6g}",
-                "sizes": sizes,
-                "became": s.op,
-            }
-            lines += [f"  [{i}] {s.where}", *(f"      {k:<7}{v}" for k, v in rows.items())]
-        for i, m in enumerate(self.misses, start=len(self.sites) + 1):
-            rows = {"left": f"{m.reason}: {m.detail}", "remedy": m.remedy}
-            lines += [f"  [{i}] {m.where}", *(f"      {k:<7}{v}" for k, v in rows.items())]
+        lines = [self.title()]
+        for section in self.sections():
+            lines += [f"  {section.title}", *(f"      {k:<7}{v}" for k, v in section.rows.items())]
         return "\n".join(lines)
 
+    def save(self, path: str | Path) -> None:
+        """Write a self-contained HTML page with a picture of each site before and after."""
+        Path(path).write_text(html(self.title(), self.sections()), encoding="utf-8")
 
-def rewritten(site: MLASite) -> Rewritten:
+
+class Recorder(MLAPass):
+    """The pass, telling a report what it sees and says.
+
+    It has no uuid, for a graph from a cache never meets the pass, and is not copied with the
+    configuration that holds it, for a copy would report to nobody.
+    """
+
+    def __init__(self, report: Report, previous: Sequence[Callable[[Graph], None]] = ()):
+        super().__init__(previous, record=self.note)
+        self.report = report
+        self.told = len(graph_breaks())
+        self.ops: dict[str, Op] = {}  # of the graph at hand, before the pass
+        self.known: set[str] = set()  # its nodes, those of rewritten attentions included
+        self.graph_break = ""
+
+    def uuid(self) -> None:
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        return self
+
+    def __call__(self, graph: Graph) -> None:
+        self.report.graphs += 1
+        self.graph_break = self.break_beside()
+        self.ops = snapshot(graph.nodes)
+        self.known = set(self.ops)
+        if self.graph_break:
+            self.report.misses += cut_attentions(graph, self.graph_break)
+        super().__call__(graph)
+
+    def break_beside(self) -> str:
+        """The break that ends the graph at hand, else the one that it resumes after, else ''."""
+        new = graph_breaks()[self.told :]
+        self.told = len(graph_breaks())
+        self.report.breaks += map(described, new)
+        tracing = TracingContext.try_get()
+        codes = [code.co_name for code in (tracing and tracing.traced_code) or []]
+        resumed = any(name.startswith("torch_dynamo_resume_in") for name in codes)
+        return self.report.breaks[-1] if new or (resumed and self.report.breaks) else ""
+
+    def note(self, verdict: Verdict) -> None:
+        if isinstance(verdict, Miss):
+            self.report.misses.append(refused(verdict, self.graph_break))
+            return
+        nodes = snapshot(verdict.root.graph.nodes)
+        new = [op for name, op in nodes.items() if name not in self.known]
+        self.known |= set(nodes)
+        self.report.sites.append(rewritten(verdict, self.ops, nodes, new))
+
+
+def graph_breaks() -> list[Any]:
+    """All since the process started: Dynamo's own record, which nothing else clears."""
+    reasons: list[Any] = vars(output_graph)["graph_break_reasons"]
+    return reasons
+
+
+def described(reason: Any) -> str:
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = f"{frame.filename}:{frame.lineno}" if frame else "?"
+    return f"{where}: {reason.reason.strip().splitlines()[0]}"
+
+
+def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
+    """Softmaxes whose probabilities leave the graph before they weigh anything."""
+    results = {strip(n) for n in graph.output_node().all_input_nodes}
+    return [
+        Refused(
+            where=source_line(softmax.node),
+            module=module_path(softmax.node),
+            reason="GRAPH_BREAK",
+            detail="the probabilities leave the graph before they meet the values",
+            remedy="take the graph break out of the attention",
+            node=described_node(softmax.node),
+            graph_break=graph_break,
+        )
+        for softmax in find_softmaxes(graph)
+        if not is_attention(softmax) and strip(softmax.node) in results
+    ]
+
+
+def refused(miss: Miss, graph_break: str) -> Refused:
+    return Refused(
+        where=miss.where,
+        module=module_path(miss.node),
+        reason=miss.reason.name,
+        detail=miss.detail,
+        remedy=miss.remedy,
+        node=described_node(miss.node),
+        graph_break=graph_break,
+    )
+
+
+def described_node(node: Node) -> str:
+    return f"{node.name} ({node.target}), {source_line(node)}"
+
+
+def module_path(node: Node) -> str:
+    """As in model.named_modules()."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else ""
+
+
+def rewritten(
+    site: MLASite, before: dict[str, Op], after: dict[str, Op], new: list[Op]
+) -> Rewritten:
     def cache(name: str, term: ScoreTerm) -> str:
         value = term.key.node.meta["val"]
         return f"{name} in {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
     caches = [cache("kv_c", site.latent), *([cache("k_pe", site.rope)] if site.rope else [])]
-    op = "mla_compile::mla_decode" + (" with W_UK and W_UV absorbed" if site.expanded else "")
+    names = roles(site)
+    old = between(before, site.root.name, names)
+    made = {x.name for x in new}
+    inputs = dict.fromkeys(name for x in new for name in x.inputs if name not in made)
     return Rewritten(
-        site.where, site.family, ", ".join(caches), site.mask, site.latent.scale, op, site.dims
+        where=site.where,
+        module=module_path(site.root),
+        form=site.family,
+        cache=", ".join(caches),
+        mask=site.mask,
+        scale=site.latent.scale,
+        op="mla_compile::mla_decode" + (" with W_UK and W_UV absorbed" if site.expanded else ""),
+        kernel=kernel(site),
+        dims=site.dims,
+        saves=saving(site.dims, site.expanded),
+        before=svg(old, names),
+        after=svg([*(after[name] for name in inputs), *new], names),
     )
+
+
+def kernel(site: MLASite) -> str:
+    value = site.latent.key.node.meta["val"]
+    if value.device.type != "cuda":
+        return ""
+    from mla_compile.kernels.decode import configure_for  # imports Triton
+
+    dims = site.dims
+    rows = dims["Sq"] * dims["N"]
+    config, why = configure_for(
+        value.device,
+        rows=rows if isinstance(rows, int) else 64,
+        Lkv=dims["Lkv"],
+        R=dims["R"],
+        q_bytes=value.element_size(),
+        kv_bytes=value.element_size(),
+        rare="attn_mask" if site.masks else "",
+    )
+    return f"{config.kernel}, {config.block_m} rows × {config.block_n} keys: {why}"
+
+
+def roles(site: MLASite) -> dict[str, str]:
+    """What the nodes that an attention is made of are to it, by their names."""
+    parts = [
+        *(("W_UK" if site.latent.feature in q.labels else "query", q) for q in site.latent.query),
+        *(("query", leaf) for leaf in (site.rope.query if site.rope else ())),
+        *(("W_UV", leaf) for leaf in site.weights),
+        *(("mask", mask.leaf) for mask in site.masks),
+        *(("lengths", leaf) for leaf in (site.lengths.terms if site.lengths else ())),
+        ("kv_c", site.latent.key),
+        *([("k_pe", site.rope.key)] if site.rope else ()),
+    ]
+    found: dict[str, list[str]] = {}
+    for role, leaf in parts:
+        names = found.setdefault(leaf.node.name, [])
+        names += [] if role in names else [role]
+    return {name: ", ".join(names) for name, names in found.items()}
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile `fn` with the pass, run it once without grad, and report on every attention in it.
 
-    The run is real: a cache among the arguments is written to.  What Dynamo had compiled is forgotten
-    and Inductor's caches are off meanwhile, because a graph from a cache never meets the pass.
+    The run is real: a cache among the arguments is written to.  What Dynamo had compiled is
+    forgotten, and no graph is taken from Inductor's caches, for such a graph never meets the pass.
     """
     report = Report()
-    hook = MLAPass(record=report.record)
     torch._dynamo.reset()
-    with config.patch(joint_custom_pre_pass=hook, force_disable_caches=True), torch.no_grad():
+    with config.patch(joint_custom_pre_pass=Recorder(report)), torch.no_grad():
         torch.compile(fn)(*args, **kwargs)
     torch._dynamo.reset()
     return report
+
+
+def run_script(report: Report, path: str, arguments: Sequence[str]) -> None:
+    """Run a script as `python path arguments` would, with the pass in all that it compiles."""
+    argv, sys.argv = sys.argv, [path, *arguments]
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    try:
+        with config.patch(joint_custom_pre_pass=Recorder(report)):
+            runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = argv
+        sys.path.pop(0)

@@ -29,6 +29,7 @@ from mla_compile.passes.graph import (
     equal,
     is_scalar_tensor,
     shape,
+    strip,
 )
 from mla_compile.passes.indexing import (
     Entry,
@@ -307,11 +308,9 @@ class Evaluator:
         axis, scores = self.attention.axis, self.attention.scores
         digits = index[axis]
         if not all(d.full for d in digits) or {d.label for d in digits} != self.time:
-            raise Refusal(
-                Reason.SOFTMAX,
-                "the probabilities are cut or reordered before they meet the values",
-                self.attention.softmax,
-            )
+            reason = Reason.SINKS if strip(scores).target is aten.cat.default else Reason.SOFTMAX
+            detail = "the probabilities are cut or reordered before they meet the values"
+            raise Refusal(reason, detail, self.attention.softmax)
         score = self.evaluate(scores, index, Context.SCORE)
         return self._rows(score, index[:axis] + index[axis + 1 :], digits)
 
@@ -325,18 +324,17 @@ class Evaluator:
         rows = [d.label for entry in leaf.index for d in entry if d.full]
         for softmax in (f for t in terms for f in t.factors if isinstance(f, Softmax)):
             if leaf.node is not self.attention.total or rows != [*softmax.rows]:
+                more = self.attention.total in leaf.node.all_input_nodes
+                reason = Reason.SINKS if more else Reason.SOFTMAX
                 detail = f"the weighed values are divided by {leaf}, not the sum of their weights"
-                raise Refusal(Reason.SOFTMAX, detail, node)
+                raise Refusal(reason, detail, node)
         return terms
 
     def _rows(self, score: list[Term], rows: Index, digits: Entry) -> Softmax:
         row_digits = [d for entry in rows for d in entry]
         if not all(d.full for d in row_digits):
-            raise Refusal(
-                Reason.SOFTMAX,
-                "only some rows of the probabilities are used",
-                self.attention.softmax,
-            )
+            detail = "only some rows of the probabilities are used"
+            raise Refusal(Reason.SOFTMAX, detail, self.attention.softmax)
         labels = tuple(d.label for d in row_digits)
         return Softmax(tuple(score), labels, tuple(d.label for d in digits))
 
@@ -345,29 +343,19 @@ class Evaluator:
         query, key, value = call.args[:3]
         names = [a.name for a in call.target._schema.arguments]
         if argument(call, "is_causal", False):
-            raise Refusal(
-                Reason.CAUSAL,
-                "the fused attention call applies its own (top-left) causal mask",
-                call,
-            )
+            detail = "the fused attention call applies its own (top-left) causal mask"
+            raise Refusal(Reason.CAUSAL, detail, call)
         if argument(call, "dropout_p", 0.0) != 0.0:
             raise Refusal(Reason.DROPOUT, "the fused attention call drops probabilities", call)
         heads = {str(shape(x)[1]) for x in (query, key, value)}
         if len(heads) != 1:
-            raise Refusal(
-                Reason.LAYOUT, f"grouped heads inside a fused attention call: {sorted(heads)}", call
-            )
+            detail = f"grouped heads inside a fused attention call: {sorted(heads)}"
+            raise Refusal(Reason.LAYOUT, detail, call)
         width = shape(query)[-1]
         scale = argument(call, "scale")
         scale = float(width) ** -0.5 if scale is None else float(scale)
-        mask = next(
-            (
-                m
-                for n in ("attn_mask", "attn_bias")
-                if n in names and (m := argument(call, n)) is not None
-            ),
-            None,
-        )
+        masks = [argument(call, n) for n in ("attn_mask", "attn_bias") if n in names]
+        mask = masks[0] if masks else None
         batch, head, row, column = index
 
         def attend(t: Entry) -> list[Term]:

@@ -82,7 +82,8 @@ def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
         if node.target in FUSED_ATTENTION:
             yield Normalised(node, None, -1)
         elif node.target in SOFTMAX:
-            scores, axis = node.args[0], argument(node, "dim") % len(shape(node))
+            axis = argument(node, "dim") % len(shape(node))
+            scores = unshifted(node.args[0], axis)
             yield Normalised(without_empty_rows(node, scores), scores, axis)
         elif node.target is aten.exp.default:
             yield from normalised(node)
@@ -90,21 +91,22 @@ def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
 
 def normalised(exponential: Node) -> Iterator[Normalised]:
     """The softmaxes that exp(x) is the numerator of."""
-    scores, shift = split_shift(exponential)
+    difference, shift = split_shift(exponential)
     summed = list(row_sums(exponential))
     for total, axis in summed:
-        if not constant_along(shift, scores, axis):
+        if not constant_along(shift, difference, axis):
             continue
+        scores = unshifted(difference, axis)
         divided = [d for e in copies(exponential) for d in e.users if divides_by(d, e, total, axis)]
         for division in divided:
             yield Normalised(without_empty_rows(division, scores), scores, axis)
         if not divided:
             yield Normalised(exponential, scores, axis, total)
     if not summed and shift is not None:
-        for axis in range(len(shape(scores))):
-            lse = per_row(shift, scores, axis)
-            if lse in log_sum_exps(scores, axis):
-                yield Normalised(exponential, scores, axis)
+        for axis in range(len(shape(difference))):
+            lse = per_row(shift, difference, axis)
+            if lse in log_sum_exps(difference, axis):
+                yield Normalised(exponential, difference, axis)
 
 
 def split_shift(exponential: Node) -> tuple[Node, Node | None]:
@@ -113,6 +115,15 @@ def split_shift(exponential: Node) -> tuple[Node, Node | None]:
     if difference.target is aten.sub.Tensor and is_tensor(difference.args[1]):
         return difference.args
     return exponential.args[0], None
+
+
+def unshifted(scores: Node, axis: int) -> Node:
+    """The scores before anything that is constant along the axis was subtracted: no softmax sees it."""
+    while scores.target is aten.sub.Tensor and is_tensor(scores.args[1]):
+        if per_row(scores.args[1], scores, axis) is None:
+            break
+        scores = scores.args[0]
+    return scores
 
 
 def row_sums(exponential: Node) -> Iterator[tuple[Node, int]]:
@@ -311,6 +322,8 @@ def consumer(weights: Node, beside: Collection[Node]) -> tuple[Node, frozenset[N
             return user, frozenset(path)
         if is_random(user) or any(is_random(a) for a in user.all_input_nodes):
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
+        if user.target is aten.div.Tensor and user.args[0] is node:
+            raise Refusal(Reason.SINKS, f"{node.name} is divided by more than its sum", user)
         if user.target not in CARRIERS:
             detail = f"the probabilities are used by {user.name} ({user.target})"
             raise Refusal(Reason.ESCAPE, detail, user)

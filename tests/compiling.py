@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import default_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
@@ -38,7 +39,7 @@ class Compiled:
             self.run_pass(gm)
             return default_partition(gm, inputs, **options)
 
-        def inference(gm: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def inference(gm: GraphModule, inputs: Any) -> Any:
             self.run_pass(gm)
             return make_boxed_func(gm.forward)
 
@@ -46,7 +47,7 @@ class Compiled:
             gm,
             inputs,
             fw_compiler=lambda gm, _: make_boxed_func(gm.forward),
-            inference_compiler=inference,
+            inference_compiler=cast(Any, inference),
             partition_fn=partition,
             decompositions=select_decomp_table(),
         )

@@ -12,13 +12,22 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cases", action="store_true", help="run the tests marked extra as well")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interpreter: runs kernels in Triton's interpreter")
+    config.addinivalue_line("markers", "extra: one more case of many, run with --all-cases")
     if not GPU:
         _multiply_bf16_as_floats()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all-cases"):
+        extra = [item for item in items if item.get_closest_marker("extra")]
+        config.hook.pytest_deselected(items=extra)
+        items[:] = [item for item in items if item not in extra]
     no_gpu = pytest.mark.skip(reason="needs a CUDA or ROCm device, and torch sees none")
     compiled = pytest.mark.skip(reason="the interpreter runs only where there is no GPU")
     for item in items:

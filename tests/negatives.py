@@ -124,6 +124,13 @@ def probabilities_without_a_sink(x: Inputs) -> Tensor:
     return attend(s.softmax(-1)[..., :-1], x)
 
 
+def sinks_under_a_shift(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    s = torch.cat([s, torch.zeros_like(s[..., :1])], -1)
+    s = s - s.max(dim=-1, keepdim=True).values
+    return attend(s.softmax(-1)[..., :-1], x)
+
+
 def probabilities_renormalised(x: Inputs) -> Tensor:
     p = absorbed_scores(x).softmax(-1)
     return attend(p * x.visible[:, None, None], x)
@@ -187,6 +194,79 @@ def top_left_causal_sdpa(x: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=SCALE)
 
 
+def late_division_by_the_sum_of_another_row(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) / e.sum(-1, keepdim=True).roll(1, 2)
+
+
+def late_division_by_the_sum_over_heads(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) / e.sum(2, keepdim=True).mean(-1, keepdim=True)
+
+
+def sink_in_the_denominator(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e / (e.sum(-1, keepdim=True) + 1), x)
+
+
+def sink_in_a_late_denominator(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) / (e.sum(-1, keepdim=True) + 1)
+
+
+def exponentials_returned(x: Inputs) -> tuple[Tensor, Tensor]:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) / e.sum(-1, keepdim=True), e
+
+
+def lse_of_scores_without_the_mask(x: Inputs) -> tuple[Tensor, Tensor]:
+    s = absorbed_scores(x)
+    masked = s.masked_fill(~x.visible[:, None, None], float("-inf"))
+    return attend(masked.softmax(-1), x), s.logsumexp(-1)
+
+
+def maximum_returned(x: Inputs) -> tuple[Tensor, Tensor]:
+    s = absorbed_scores(x)
+    return attend(s.softmax(-1), x), s.amax(-1)
+
+
+def negative_soft_cap(x: Inputs) -> Tensor:
+    return attend((absorbed_scores(x).tanh() * -5).softmax(-1), x)
+
+
+def soft_cap_of_one_term_only(x: Inputs) -> Tensor:
+    rope = torch.einsum("bshr,btr->bsht", x.q_pe, x.k_pe)
+    return attend((absorbed_scores(x).tanh() + rope).softmax(-1), x)
+
+
+def mask_under_the_soft_cap(x: Inputs) -> Tensor:
+    s = absorbed_scores(x).masked_fill(~x.visible[:, None, None], float("-inf"))
+    return attend(s.tanh().softmax(-1), x)
+
+
+def values_of_other_pages(x: Inputs) -> Tensor:
+    keys = x.pool[x.table].view(len(x.table), -1, 40)
+    values = x.pool[x.table.flip(1)].view(len(x.table), -1, 40)[..., :32]
+    return attend(absorbed_scores(replace(x, kv_c=keys[..., :32])).softmax(-1), x, values)
+
+
+def values_of_slots_in_another_order(x: Inputs) -> Tensor:
+    pages = x.pool[x.table]
+    keys, values = pages.flatten(1, 2), pages.transpose(1, 2).flatten(1, 2)[..., :32]
+    return attend(absorbed_scores(replace(x, kv_c=keys[..., :32])).softmax(-1), x, values)
+
+
+def quantised_projection(x: Inputs) -> Tensor:
+    """An int8 kv_b_proj, as PyTorch's own weight-only operator applies it."""
+    B, Skv, _ = x.kv_c.shape
+    weight, scale = (x.w * 32).round().to(torch.int8), torch.full((len(x.w),), 1 / 32.0)
+    flat = x.kv_c.flatten(0, 1).bfloat16()
+    kv = torch._weight_int8pack_mm(flat, weight, scale.bfloat16())
+    k, v = kv.to(x.kv_c.dtype).view(B, Skv, x.N, 32).transpose(1, 2).split([16, 16], -1)
+    out: Tensor = (x.q_nope.transpose(1, 2) @ k.mT * SCALE).softmax(-1) @ v
+    return out
+
+
 NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (cache_of_expanded_heads, Reason.NO_LATENT),
     (grouped_query_cache, Reason.VALUE),
@@ -208,7 +288,21 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (expanded_keys_returned, Reason.ESCAPE),
     (expanded_values_used_again, Reason.ESCAPE),
     (softmax_over_heads, Reason.SOFTMAX),
-    (probabilities_without_a_sink, Reason.SOFTMAX),
+    (probabilities_without_a_sink, Reason.SINKS),
+    (sinks_under_a_shift, Reason.SINKS),
+    (sink_in_the_denominator, Reason.SINKS),
+    (sink_in_a_late_denominator, Reason.SINKS),
+    (late_division_by_the_sum_of_another_row, Reason.SOFTMAX),
+    (late_division_by_the_sum_over_heads, Reason.SOFTMAX),
+    (exponentials_returned, Reason.ESCAPE),
+    (lse_of_scores_without_the_mask, Reason.ESCAPE),
+    (maximum_returned, Reason.ESCAPE),
+    (negative_soft_cap, Reason.SCALE),
+    (soft_cap_of_one_term_only, Reason.SCORE),
+    (mask_under_the_soft_cap, Reason.MASK),
+    (values_of_other_pages, Reason.VALUE),
+    (values_of_slots_in_another_order, Reason.VALUE),
+    (quantised_projection, Reason.QUANTISED),
     (probabilities_renormalised, Reason.SOFTMAX),
     (probabilities_sharpened, Reason.ESCAPE),
     (two_fills, Reason.MASK),
@@ -219,6 +313,6 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (nonlinear_expansion, Reason.BETWEEN),
     (biased_expansion, Reason.BETWEEN),
     (quantised_latent, Reason.VALUE),
-    (scale_of_every_query, Reason.SCORE),
+    (scale_of_every_query, Reason.SCALE),
     (top_left_causal_sdpa, Reason.CAUSAL),
 ]

@@ -16,10 +16,11 @@ import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from mla_compile.kernels import decode
 from mla_compile.kernels.combine import combine_kernel
-from mla_compile.kernels.config import Config, ceil_pow2, combine_blocks, pick, tuned_arch
-from mla_compile.kernels.split import split_kernel
+from mla_compile.kernels.config import GLUON, Config, ceil_pow2, combine_blocks, pick, tuned_arch
 
 TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
@@ -53,7 +54,8 @@ def compile_kernel(
             signature[name] == "i32" and name not in unspecialised
         ):
             attrs[(i,)] = ALIGNED
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attrs)
+    ast = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = ast(fn=kernel, signature=signature, constexprs=values, attrs=attrs)
     return triton.compile(source, target=TARGETS[arch], options=options)
 
 
@@ -74,8 +76,10 @@ def compile_split(arch: str, config: Config, types: dict[str, str], page_size: i
         "BLOCK_R": ceil_pow2(R),
     }
     types = {"sm_scale": "fp32", "mask_fill": "fp32", "lse_ptr": "*fp32", **types}
+    kernel = decode._stage1(config.kernel)
+    constants = {name: constants[name] for name in constants if name in kernel.arg_names}
     launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return compile_kernel(arch, split_kernel, types, constants, {**launch, **dict(config.options)})
+    return compile_kernel(arch, kernel, types, constants, {**launch, **dict(config.options)})
 
 
 def compile_combine(arch: str) -> Any:
@@ -90,7 +94,8 @@ def usage(arch: str, binary: Any) -> dict[str, int]:
     shared = binary.metadata.shared
     if arch != "sm90":
         asm = binary.asm["amdgcn"]
-        spilled = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", asm)))
+        # Scalars spill into lanes of a vector register, not to memory.
+        spilled = sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", asm)))
         return {"shared": shared, "spilled": spilled, "matrix": asm.count("v_mfma")}
     ptx = binary.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -132,6 +137,11 @@ def main() -> None:
                 config = pick(key, rows=count, Lkv=LKV, q_bytes=size, kv_bytes=size)
                 binary = compile_split(arch, config, types, page_size)
                 rows.append({"arch": arch, "path": path, "rows": count, **usage(arch, binary)})
+        for config in GLUON.get(tuned_arch(arch, triton.__version__), ()):
+            for page_size in (1, 64):
+                binary = compile_split(arch, config, {**bf16, **csr}, page_size)
+                row = {"arch": arch, "path": config.kernel, "rows": config.block_m}
+                rows.append({**row, **usage(arch, binary)})
         rows.append({"arch": arch, "path": "combine", **usage(arch, compile_combine(arch))})
     print(json.dumps(rows))
 

@@ -6,15 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mla_compile import report
 from mla_compile.dims import Dims
+from mla_compile.kernels import decode
 from mla_compile.kernels.config import (
     FALLBACK,
     FULL,
+    GLUON,
     HALF,
+    Config,
+    choose,
     combine_blocks,
     num_splits,
     pick,
@@ -46,17 +53,87 @@ def test_pick(arch: str, rows: int, Lkv: int, size: int, expected: Any) -> None:
     assert pick(arch, rows=rows, Lkv=Lkv, q_bytes=size, kv_bytes=size) == expected
 
 
-def test_gfx950_falls_back_where_triton_copies_nothing_directly_to_lds() -> None:
-    assert tuned_arch("gfx950", "3.6.0") == "gfx950-sync"
+def test_amd_archs_have_configs_of_their_own_before_triton_3_8() -> None:
+    assert tuned_arch("gfx950", "3.6.0") == "gfx950-3.7"
     assert tuned_arch("gfx950", "3.10.1+rocm") == "gfx950"
-    assert tuned_arch("gfx942", "3.6.0") == "gfx942"
+    assert tuned_arch("gfx942", "3.7.0") == "gfx942-3.7"
+    assert tuned_arch("sm90", "3.6.0") == "sm90"
+
+
+def chosen(
+    arch: str, rows: int = 128, R: int = 64, rare: str = "", pinned: str | None = None, **sizes: int
+) -> tuple[Config, str]:
+    sizes = {"Lkv": 512, "q_bytes": 2, "kv_bytes": 2} | sizes
+    return choose(arch, rows=rows, R=R, rare=rare, pinned=pinned, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("arch", "call", "expected", "why"),
+    [
+        ("gfx942", {}, GLUON["gfx942"][1], "the table of gfx942"),
+        ("gfx942", {"rows": 16}, GLUON["gfx942"][0], "the table of gfx942"),
+        ("gfx942", {"rows": 17}, GLUON["gfx942"][1], "the table of gfx942"),
+        ("gfx942-3.7", {}, GLUON["gfx942-3.7"][1], "the table of gfx942-3.7"),
+        ("gfx950", {}, GLUON["gfx950"][1], "the table of gfx950"),
+        ("gfx950", {"rows": 8}, GLUON["gfx950"][0], "the table of gfx950"),
+        ("gfx950", {"rare": "attn_mask"}, HALF["gfx950"][1], "cdna4 lacks attn_mask"),
+        ("gfx950", {"R": 0}, HALF["gfx950"][1], "cdna4 lacks dims 512 + 0"),
+        ("gfx950", {"Lkv": 256, "R": 32}, HALF["gfx950"][1], "cdna4 lacks dims 256 + 32"),
+        ("gfx942", {"q_bytes": 4, "kv_bytes": 4}, FALLBACK[0], "cdna3 lacks elements of 4 bytes"),
+        ("gfx942", {"kv_bytes": 1}, HALF["gfx942"][1], "cdna3 lacks elements of 1 byte"),
+        ("gfx942", {"pinned": "portable"}, HALF["gfx942"][1], "pinned"),
+        ("gfx942", {"pinned": "cdna3"}, GLUON["gfx942"][1], "pinned"),
+        ("gfx942", {"pinned": ""}, GLUON["gfx942"][1], "the table of gfx942"),
+        ("sm90", {}, HALF["sm90"][1], "all there is for sm90"),
+        ("gfx90a", {}, FALLBACK[0], "all there is for gfx90a"),
+    ],
+)
+def test_choose(arch: str, call: dict[str, Any], expected: Config, why: str) -> None:
+    assert chosen(arch, **call) == (expected, why)
+
+
+@pytest.mark.parametrize(
+    ("arch", "call", "message"),
+    [
+        ("gfx942", {"pinned": "cdna4"}, "portable or cdna3 on gfx942, got cdna4"),
+        ("sm90", {"pinned": "cdna3"}, "portable on sm90, got cdna3"),
+        ("gfx942", {"pinned": "cdna3", "rare": "logit_cap"}, "a kernel that has logit_cap"),
+    ],
+)
+def test_a_kernel_that_cannot_serve_is_not_pinned(
+    arch: str, call: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"MLA_COMPILE_KERNEL: expected .*{message}"):
+        chosen(arch, **call)
 
 
 def test_an_fp8_cache_under_bf16_picks_as_bf16_does() -> None:
     assert pick("sm90", rows=64, Lkv=512, q_bytes=2, kv_bytes=1) == HALF["sm90"][1]
 
 
-@pytest.mark.parametrize("table", [*HALF.values(), *FULL.values(), FALLBACK])
+@pytest.mark.parametrize(
+    ("masks", "pin", "expected"),
+    [
+        ((), "", "cdna4, 64 rows × 64 keys: the table of gfx950"),
+        ((), "portable", "portable, 64 rows × 32 keys: pinned"),
+        (("mask",), "", "portable, 64 rows × 32 keys: cdna4 lacks attn_mask"),
+    ],
+)
+def test_explain_says_which_kernel_a_gpu_runs_and_why(
+    masks: tuple[str, ...], pin: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_device", lambda _: ("gfx950", 256))
+    monkeypatch.setenv("MLA_COMPILE_KERNEL", pin)
+    value = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
+    site = SimpleNamespace(
+        latent=SimpleNamespace(key=SimpleNamespace(node=SimpleNamespace(meta={"val": value}))),
+        dims={"Sq": 1, "N": 128, "Lkv": 512, "R": 64},
+        masks=masks,
+    )
+    assert report.kernel(site) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("table", [*HALF.values(), *FULL.values(), *GLUON.values(), FALLBACK])
 def test_configs_rise_in_rows(table: tuple[Any, ...]) -> None:
     rows = [config.block_m for config in table]
     assert rows == sorted(set(rows))
@@ -78,6 +155,22 @@ def test_configs_rise_in_rows(table: tuple[Any, ...]) -> None:
 )
 def test_num_splits_on_an_h200(programs: int, context: int, least: int, most: int) -> None:
     assert least <= num_splits(programs, context // 64, H200) <= most
+
+
+@pytest.mark.parametrize(
+    ("arch", "units", "heads", "expected"),
+    [
+        pytest.param("gfx942", 304, 128, 1, id="MI300X-128-heads"),
+        pytest.param("gfx942", 304, 16, 5, id="MI300X-16-heads-two-or-three-programs-a-unit"),
+        pytest.param("gfx950", 256, 128, 1, id="MI355X-128-heads-one-program-a-unit"),
+        pytest.param("gfx950", 256, 16, 3, id="MI355X-16-heads-no-more-partials-than-HBM-is-worth"),
+    ],
+)
+def test_num_splits_on_amd_at_batch_128(arch: str, units: int, heads: int, expected: int) -> None:
+    config, _ = chosen(arch, rows=heads)
+    programs, tiles = 128 * -(-heads // config.block_m), 4096 // config.block_n
+    at_once = units * config.per_unit
+    assert num_splits(programs, tiles, at_once, config.stream, config.combine) == expected
 
 
 def test_num_splits_never_exceeds_tiles_or_the_limit() -> None:
@@ -129,6 +222,13 @@ def test_the_plain_bf16_path_does_not_spill(compiled: list[dict[str, Any]]) -> N
     assert len(plain) == 3 * 3
     for row in plain:
         assert row["spilled"] == 0, row
+
+
+def test_no_gluon_kernel_spills(compiled: list[dict[str, Any]]) -> None:
+    gluon = [row for row in compiled if row["path"].startswith("cdna")]
+    assert len(gluon) == 2 * 2 * 2
+    for row in gluon:
+        assert row["spilled"] == 0 and row["matrix"] > 0, row
 
 
 def test_the_plain_bf16_path_uses_matrix_units(compiled: list[dict[str, Any]]) -> None:

@@ -17,7 +17,9 @@ from torch.fx import Graph
 import mla_compile
 from mla_compile.passes import inductor
 from mla_compile.passes.inductor import MLAPass
-from tests.spellings import deepseek_absorbed, expanded_sdpa_length_mask, inputs
+from tests.spellings import inputs
+from tests.spellings.absorbed import deepseek_absorbed
+from tests.spellings.expanded import expanded_sdpa_length_mask
 from tests.test_recognise import error
 
 

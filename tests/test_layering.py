@@ -13,11 +13,12 @@ TOP_LEVEL = {"LICENSE", "README.md", "bench", "mla_compile", "passes", "pyprojec
 # Each module may import only what stands left of it.
 ORDER = """
 dims paged contents validate reference
-kernels.config kernels.split kernels.combine kernels.decode ops
+kernels.config kernels.split kernels.combine
+kernels.cdna kernels.cdna3 kernels.cdna4 kernels.decode ops
 passes.graph passes.indexing passes.views passes.site passes.labels passes.softmax
-passes.normal_form passes.masks passes.paging passes.recognise
+passes.normal_form passes.masks passes.paging passes.score passes.recognise
 passes.absorb passes.rewrite passes.inductor
-backend report demo __main__
+backend saving picture page report demo selftest __main__
 """
 SOURCES = sorted(
     [*PACKAGE.glob("*.py"), *PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("passes/*.py")]

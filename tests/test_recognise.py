@@ -11,18 +11,36 @@ from torch import Tensor
 from mla_compile.passes.site import Reason
 from tests.compiling import NAIVE, OP, Compiled
 from tests.negatives import NEGATIVES
-from tests.spellings import CALLS, POSITIVES, Inputs, inputs, paged
+from tests.spellings import (
+    CALLS,
+    POSITIVES,
+    SCALE,
+    Inputs,
+    absorbed_scores,
+    expand,
+    inputs,
+    paged,
+)
 
-# Decode and two tokens at once, the three types, static and dynamic sizes: each value of each with
-# each other at least once would be 12 cases; these four have every value with static and dynamic.
+# Decode and two tokens at once, the three types, static and dynamic sizes.
 CASES = [
     pytest.param(1, torch.float32, False, id="one-query-fp32-static"),
     pytest.param(1, torch.bfloat16, True, id="one-query-bf16-dynamic"),
     pytest.param(2, torch.bfloat16, False, id="two-queries-bf16-static"),
     pytest.param(2, torch.float16, True, id="two-queries-fp16-dynamic"),
 ]
-
-
+# Two cases of each spelling, which differ in everything; the others with --all-cases.
+ALTERNATELY = [
+    pytest.param(
+        spelling,
+        *case.values,
+        id=f"{spelling.__name__}-{case.id}",
+        marks=extra * [pytest.mark.extra],
+    )
+    for i, spelling in enumerate(POSITIVES)
+    for j, case in enumerate(CASES)
+    for extra in [(j in (1, 2)) != i % 2]
+]
 PAGED = [f for f in POSITIVES if f.__module__.endswith("paged")]
 GATHERS = {torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
 
@@ -40,8 +58,7 @@ def both(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.mark.parametrize("Sq, dtype, dynamic", CASES)
-@pytest.mark.parametrize("spelling", POSITIVES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spelling, Sq, dtype, dynamic", ALTERNATELY)
 @torch.no_grad()
 def test_mla_becomes_the_op(
     spelling: Callable[[Inputs], Tensor | tuple[Tensor, Tensor]],
@@ -61,6 +78,23 @@ def test_mla_becomes_the_op(
     for got, usual, ideal in zip(both(result), both(plain), both(exact), strict=True):
         assert got.shape == usual.shape
         assert got.dtype == usual.dtype
+        assert error(got, ideal) <= 2 * error(usual, ideal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("spelling", POSITIVES, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_mla_becomes_the_op_on_a_gpu(
+    spelling: Callable[[Inputs], Tensor | tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> None:
+    wide, x = (inputs(Sq=2).to(t, "cuda") for t in (torch.float64, dtype))
+    compiled = Compiled(spelling)
+    with torch.device("cuda"):
+        exact, plain, result = spelling(wide), spelling(x), compiled(x)
+    assert compiled.misses == []
+    assert compiled.count(OP) == CALLS.get(spelling, 1)
+    for got, usual, ideal in zip(both(result), both(plain), both(exact), strict=True):
         assert error(got, ideal) <= 2 * error(usual, ideal)
 
 
@@ -86,6 +120,46 @@ def test_not_mla_is_left_alone(spelling: Callable[[Inputs], object], reason: Rea
     compiled(x)
     assert [miss.reason for miss in compiled.misses] == [reason]
     assert compiled.count(OP) == 0
+
+
+@torch.no_grad()
+def test_expanded_keys_are_kept_for_an_attention_that_needs_them() -> None:
+    def two(x: Inputs) -> Tensor:
+        q, k, v = expand(x)
+        p = ((q @ k.mT) * SCALE).softmax(-1)
+        other = ((q.flip(1) @ k.mT) * SCALE).softmax(-1)
+        return p @ v + other @ v.sin()
+
+    compiled = Compiled(two)
+    compiled(inputs())
+    assert {miss.reason for miss in compiled.misses} == {Reason.ESCAPE, Reason.BETWEEN}
+    assert compiled.count(OP) == 0
+
+
+@torch.no_grad()
+def test_two_attentions_share_their_expanded_keys() -> None:
+    def two(x: Inputs) -> Tensor:
+        q, k, v = expand(x)
+        return sum(((r @ k.mT) * SCALE).softmax(-1) @ v for r in (q, q.sin()))
+
+    compiled = Compiled(two)
+    x = inputs()
+    torch.testing.assert_close(compiled(x), two(x))
+    assert compiled.misses == []
+    assert compiled.count(OP) == 2
+
+
+@torch.no_grad()
+def test_exponentials_that_no_sum_divides_are_no_attention() -> None:
+    def unnormalised(x: Inputs) -> Tensor:
+        s = absorbed_scores(x)
+        return torch.einsum(
+            "bsht,btc->bshc", (s - s.sin().logsumexp(-1, keepdim=True)).exp(), x.kv_c
+        )
+
+    compiled = Compiled(unnormalised)
+    compiled(inputs())
+    assert compiled.verdicts == []
 
 
 def test_a_training_graph_is_left_alone() -> None:

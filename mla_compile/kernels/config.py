@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+from mla_compile.contents import refuse
 from mla_compile.dims import Dims
 from mla_compile.validate import MAX_SPLITS
 
@@ -14,18 +16,33 @@ class Config:
     block_m: int  # query rows (token × head) of a program
     block_n: int  # keys of a tile
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    kernel: str = "portable"  # or "cdna3", "cdna4"
+    per_unit: int = 1  # programs a compute unit holds at once
+    stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
+    combine: float = 1 / 60  # tile-times of a program's partials, written and read back
     reload_v: bool = False  # load the K_c tile a second time as V
-    options: tuple[tuple[str, int], ...] = ()  # compiler options of the backend
+    options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
 
 
+# From Triton 3.10 on a multiplication and an addition are fused only on demand.
+_FUSED = (("enable_fp_fusion", True),)
 # AMD: 16×16 MFMA, with packed K loads before CDNA4, as every MI300 MLA kernel in the field has it.
 _CDNA3 = (("matrix_instr_nonkdim", 16), ("kpack", 2))
 _CDNA4 = (("matrix_instr_nonkdim", 16),)
+# LLVM's default scheduler takes 1 % longer on gfx942, twice as long on gfx950. From Triton 3.8 on.
+_ILP = (*_FUSED, ("llvm_fn_attrs", "amdgpu-sched-strategy=iterative-ilp"))
 
 # Configs of an arch by the most rows each suits, in rising order; the last takes all that is left.
 # sm90 numbers are measured on an H200, gfx numbers come from a timing model of the compiled code;
-# both at 128 heads, context 4096, batch 128. None of these spills on Triton 3.6 or 3.9.
+# both at 128 heads, context 4096, batch 128. None of these spills on Triton 3.6 or 3.9. The suffix
+# -3.7 is for Triton up to that version.
+_GFX942 = (
+    Config(block_m=16, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
+    # LDS is 64 KB: one 32-key tile of 64 rows. With two stages the transposed V falls to
+    # 2-byte LDS reads (10.5-15.9 K clocks a tile against 8.1 K).
+    Config(block_m=64, block_n=32, num_warps=4, num_stages=1, options=_CDNA3),
+)
 HALF: dict[str, tuple[Config, ...]] = {
     "sm90": (
         # Under 64 rows tl.dot falls from wgmma to mma.sync, which is enough where the cache's
@@ -34,12 +51,8 @@ HALF: dict[str, tuple[Config, ...]] = {
         # 244-250 TF/s. 32 rows 200, BLOCK_N 32 177, 16 warps 120, 4 warps 88; 128 rows do not fit.
         Config(block_m=64, block_n=64, num_warps=8, num_stages=2),
     ),
-    "gfx942": (
-        Config(block_m=16, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
-        # LDS is 64 KB: one 32-key tile of 64 rows. With two stages the transposed V falls to
-        # 2-byte LDS reads (10.5-15.9 K clocks a tile against 8.1 K).
-        Config(block_m=64, block_n=32, num_warps=4, num_stages=1, options=_CDNA3),
-    ),
+    "gfx942": _GFX942,
+    "gfx942-3.7": _GFX942,
     "gfx950": (
         # A second load gives K and V each their own direct-to-LDS layout: 5.6 K -> 3.6 K clocks a
         # tile, for 143 KB of 160 KB LDS.
@@ -47,9 +60,47 @@ HALF: dict[str, tuple[Config, ...]] = {
         Config(block_m=64, block_n=32, num_warps=4, num_stages=3, reload_v=True, options=_CDNA4),
     ),
     # Before Triton 3.8 nothing goes direct to LDS, and the second load spills 90 registers.
-    "gfx950-sync": (
+    "gfx950-3.7": (
         Config(block_m=16, block_n=16, num_warps=4, num_stages=1, options=_CDNA4),
         Config(block_m=64, block_n=32, num_warps=4, num_stages=3, options=_CDNA4),
+    ),
+}
+
+# Gluon kernels; clocks of a tile in the same model. 32 rows took as long as 64, 128 spill. Those of
+# 16 rows wait for HBM.
+_CDNA3_16 = Config(
+    block_m=16,
+    block_n=16,
+    num_warps=2,
+    kernel="cdna3",
+    per_unit=2,
+    stream=1 / 580,
+    combine=1 / 160,
+    options=_FUSED,
+)
+_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 280)
+GLUON: dict[str, tuple[Config, ...]] = {
+    "gfx942": (
+        # 3.2 K clocks for three programs at once; 32 keys of 4 waves 3.6 K for one.
+        replace(_CDNA3_16, per_unit=3, options=_ILP),
+        # 4.9 K; 8 waves 4.9-5.1 K; the next tile loaded before QK instead of after it 5.0 K.
+        Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_ILP),
+    ),
+    "gfx942-3.7": (
+        _CDNA3_16,
+        # 5.1 K; 4 waves spill 20 registers.
+        Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_FUSED),
+    ),
+    "gfx950": (
+        # Two of these fit a unit; 64 keys of 4 waves fit once and are a quarter slower.
+        replace(_CDNA4_16, options=_ILP),
+        # 5.2 K; 8 waves 5.7 K. Two tiles are 158 of 160 KB LDS.
+        Config(block_m=64, block_n=64, num_warps=4, kernel="cdna4", options=_ILP),
+    ),
+    "gfx950-3.7": (
+        _CDNA4_16,
+        # 6.1 K; 4 waves move accumulators between register files: 10.0 K.
+        Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_FUSED),
     ),
 }
 
@@ -65,14 +116,57 @@ FALLBACK = (Config(block_m=16, block_n=16, num_warps=4, num_stages=1),)
 def tuned_arch(arch: str, triton_version: str) -> str:
     """The key of the tables above."""
     old = tuple(map(int, triton_version.split(".")[:2])) < (3, 8)
-    return "gfx950-sync" if arch == "gfx950" and old else arch
+    return f"{arch}-3.7" if arch in GLUON and old else arch
+
+
+def uncovered(*, Lkv: int, R: int, q_bytes: int, kv_bytes: int, rare: str) -> str:
+    """What of a call the Gluon kernels leave to the portable one; "" if nothing."""
+    if rare:
+        return rare
+    if (Lkv, R) != (512, 64):
+        return f"dims {Lkv} + {R}"
+    other = next((size for size in (q_bytes, kv_bytes) if size != 2), 0)
+    return f"elements of {other} byte{'s' * (other > 1)}" if other else ""
+
+
+def choose(
+    arch: str,
+    *,
+    rows: int,
+    Lkv: int,
+    R: int,
+    q_bytes: int,
+    kv_bytes: int,
+    rare: str = "",
+    pinned: str | None = None,
+) -> tuple[Config, str]:
+    """The config of a call, and why. `rare` names a feature that only the portable kernel has."""
+    table = GLUON.get(arch, ())
+    missing = uncovered(Lkv=Lkv, R=R, q_bytes=q_bytes, kv_bytes=kv_bytes, rare=rare)
+    if pinned and pinned not in {"portable", *(c.kernel for c in table)}:
+        has = " or ".join(["portable", *sorted({c.kernel for c in table})])
+        refuse("MLA_COMPILE_KERNEL", f"{has} on {arch}", pinned, "Unset it to let the table pick.")
+    if pinned and pinned != "portable" and missing:
+        remedy = "Unset it, or pin portable."
+        refuse("MLA_COMPILE_KERNEL", f"a kernel that has {missing}", pinned, remedy)
+    if table and not missing and pinned != "portable":
+        config = _fitting(table, rows)
+        return config, "pinned" if pinned else f"the table of {arch}"
+    config = pick(arch, rows=rows, Lkv=Lkv, q_bytes=q_bytes, kv_bytes=kv_bytes)
+    if pinned:
+        return config, "pinned"
+    return config, f"{table[0].kernel} lacks {missing}" if table else f"all there is for {arch}"
 
 
 def pick(arch: str, *, rows: int, Lkv: int, q_bytes: int, kv_bytes: int) -> Config:
-    """The tile for `rows` query rows of a sequence; sizes in bytes of one element."""
+    """The portable tile for `rows` query rows of a sequence; sizes in bytes of one element."""
     table = (FULL if max(q_bytes, kv_bytes) > 2 else HALF).get(arch, FALLBACK)
     if Lkv > 512:  # the tables are sized for DeepSeek's 512
         table = FALLBACK
+    return _fitting(table, rows)
+
+
+def _fitting(table: tuple[Config, ...], rows: int) -> Config:
     return next((c for c in table if rows <= c.block_m), table[-1])
 
 
@@ -90,21 +184,23 @@ def combine_blocks(splits: int, Lkv: int) -> tuple[int, int]:
 # In units of the time one tile takes (4.7 µs on an H200 at 64 rows × 64 keys).
 PROLOGUE = 2.0  # a program's launch, query load and epilogue
 COMBINE = 1.0  # launch of the second kernel
-COMBINE_PER_PROGRAM = 1 / 60  # its traffic: 256 KB written and read back per program
 
 
 @lru_cache(maxsize=4096)
-def num_splits(programs: int, tiles: int, units: int) -> int:
-    """KV splits for `programs` = B × row blocks of `tiles` tiles each, on `units` compute units.
+def num_splits(
+    programs: int, tiles: int, units: int, stream: float = 0.0, combine: float = 1 / 60
+) -> int:
+    """KV splits for `programs` = B × row blocks of `tiles` tiles each, `units` of them at a time.
 
-    The fewest splits that minimise the waves of programs times what each program does.
+    The fewest splits that minimise the waves of programs times what each program does, or what
+    HBM needs to deliver the tiles. `stream` and `combine` as in Config.
     """
     best, best_cost = 1, float("inf")
     for splits in range(1, max(1, min(tiles, MAX_SPLITS // 2)) + 1):
         waves = -(-programs * splits // units)
-        cost = waves * (-(-tiles // splits) + PROLOGUE)
+        cost = max(waves * (-(-tiles // splits) + PROLOGUE), programs * tiles * stream)
         if splits > 1:
-            cost += COMBINE + COMBINE_PER_PROGRAM * programs * splits
+            cost += COMBINE + combine * programs * splits
         if cost < best_cost * (1 - 1e-9):
             best, best_cost = splits, cost
     return best

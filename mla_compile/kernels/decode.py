@@ -1,41 +1,146 @@
-"""Launch stage 1 and, where the KV is split, stage 2. The only place that asks the device anything,
-and it asks nothing that waits: no sync, so calls can be captured in CUDA and HIP graphs."""
+"""Plan and launch stage 1 and, where the KV is split, stage 2. The only place that asks the device
+anything, and it asks nothing that waits: no sync, so calls can be captured in CUDA and HIP graphs.
+
+Layers and steps of a model make the same call over and over. What the `facts` of a call decide is
+decided once: whether it is valid, its `Plan`, and what Triton specialises its kernels on.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from mla_compile.contents import refuse
+from mla_compile.contents import due, refuse
 from mla_compile.kernels.combine import combine_kernel
 from mla_compile.kernels.config import (
     Config,
     ceil_pow2,
+    choose,
     combine_blocks,
     num_splits,
-    pick,
     tuned_arch,
     workspace_numel,
 )
 from mla_compile.kernels.split import split_kernel
-from mla_compile.validate import Call
+from mla_compile.validate import Call, output_dtype, validate
 
 ALL_KEYS = 2**31 - 1  # columns of a mask whose one column stands for every key
+MAX_PLANS = 1024  # kept at once, a few KB each; a cache that grows needs a new one every step
+ROCM = torch.version.hip is not None
+
+
+class Launch:
+    """A kernel with its grid and every argument but the tensors, which come first.
+
+    Triton's own launch looks at 48 arguments, for longer than a small batch runs. It serves the
+    first call; later ones, whose tensors have the same `facts`, go straight to what it compiled.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], **options: int
+    ):
+        self.kernel, self.grid, self.options = kernel, grid, options
+        self.arguments = tuple([arguments[name] for name in _names(kernel)])
+        self.compiled: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if self.compiled is not None:
+            self.compiled(*tensors, *self.arguments)
+            return
+        binary = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
+        if binary is not None:  # the interpreter compiles nothing
+            self.compiled = binary[self.grid]
 
 
 @lru_cache
-def _device(device: torch.device) -> tuple[str, int]:
-    """Arch name and number of compute units."""
-    if device.type == "cpu":  # Triton's interpreter
-        return "interpreter", 4
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        arch = tuned_arch(properties.gcnArchName.split(":")[0], triton.__version__)
-        return arch, properties.multi_processor_count
-    return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
+def _names(kernel: Any) -> list[str]:
+    return [name for name in kernel.arg_names if not name.endswith("_ptr")]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A call without its tensors."""
+
+    split: Launch
+    combine: Launch | None  # None: the KV is not split
+    part_ml: int  # where the splits' (m, l) start in the workspace, after their out
+    workspace: int  # fp32 elements
+
+    def run(
+        self,
+        inputs: tuple[Tensor, ...],  # q_nope, q_pe, kv_c, k_pe
+        optional: tuple[Tensor | None, ...],  # table, starts, lens, qo_indptr, mask, scales
+        out: Tensor,
+        lse: Tensor,
+        workspace: Tensor | None,
+    ) -> None:
+        if not len(out):
+            return
+        if self.combine is None:
+            self.split(*inputs, out, lse, *optional)
+            return
+        if workspace is None:
+            workspace = out.new_empty(self.workspace, dtype=torch.float32)
+        part_ml = workspace[self.part_ml :]
+        self.split(*inputs, workspace, part_ml, *optional)
+        self.combine(workspace, part_ml, out, lse)
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def decode(
+    inputs: tuple[Any, ...],  # q_nope, q_pe, kv_c, k_pe, sm_scale
+    options: dict[str, Any],  # of the op
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op on a GPU: validate, plan, launch. What is None is allocated."""
+    q_nope = inputs[0]
+    key = (*options, *map(facts, (*inputs, *options.values(), out, lse, workspace)))
+    plan = _plans.get(key)
+    if plan is None or due(q_nope.device):
+        call = validate(*inputs, **options, out=out, lse=lse, workspace=workspace)
+        strides = (call.dims.N * call.dims.Lkv, call.dims.Lkv) if out is None else out.stride()
+        plan = make_plan(call, strides, workspace, options.get("num_kv_splits"))
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+
+    if out is None:
+        out = q_nope.new_empty(q_nope.shape, dtype=output_dtype(q_nope.dtype))
+    if lse is None:
+        lse = q_nope.new_empty(q_nope.shape[:2], dtype=torch.float32)
+    option = options.get
+    optional = (
+        option("block_table") if option("kv_indices") is None else option("kv_indices"),
+        option("kv_indptr"),
+        option("seq_lens") if option("kv_indptr") is None else option("kv_last_page_lens"),
+        option("qo_indptr"),
+        option("attn_mask"),
+        option("q_scale"),
+        option("k_scale"),
+    )
+    with torch.cuda.device(q_nope.get_device()):  # Triton launches on the current one
+        plan.run(inputs[:4], optional, out, lse, workspace)
+    return out, lse
+
+
+def facts(x: Any) -> Any:
+    """All of an argument that validity, plan and Triton's specialisation depend on."""
+    if not isinstance(x, Tensor):
+        return x
+    within_2gb = not ROCM or x.untyped_storage().nbytes() < 2**31  # AMD's buffer loads reach so far
+    aligned = x.data_ptr() % 16 == 0
+    return x.dtype, x.get_device(), x.shape, x.stride(), aligned, within_2gb
 
 
 def launch(
@@ -47,60 +152,129 @@ def launch(
     config: Config | None = None,
 ) -> None:
     """Write out [T,N,Lkv] and lse [T,N]. None chooses; workspace holds the partials of splits."""
-    dims, cache = call.dims, call.cache
-    if dims.T == 0:
-        return
-    arch, units = _device(out.device)
-    if config is None:
-        config = pick(
-            arch,
-            rows=dims.Sq * dims.N,
-            Lkv=dims.Lkv,
-            q_bytes=call.q_nope.element_size(),
-            kv_bytes=cache.kv_c.element_size(),
-        )
-    row_blocks = -(-dims.Sq * dims.N // config.block_m)
-    if splits is None:
-        splits = num_splits(dims.B * row_blocks, -(-cache.typical_len // config.block_n), units)
-    if splits == 1:
-        _split(call, config, row_blocks, 1, out, lse, (*out.stride()[:2], 0))
-        return
-
-    needed = workspace_numel(dims, splits)
-    if workspace is None:
-        workspace = out.new_empty(needed, dtype=torch.float32)
-    elif workspace.numel() < needed:
-        refuse("workspace", f"at least {needed} elements", workspace.numel(), "Allocate more.")
-    rows = dims.T * dims.N
-    part_out, part_ml = workspace[:needed].split((rows * splits * dims.Lkv, rows * splits * 2))
-    strides = (dims.N * splits * dims.Lkv, splits * dims.Lkv, dims.Lkv)
-    _split(call, config, row_blocks, splits, part_out, part_ml, strides)
-    block_s, block_l = combine_blocks(splits, dims.Lkv)
-    combine_kernel[(rows, -(-dims.Lkv // block_l))](
-        part_out,
-        part_ml,
+    cache = call.cache
+    optional = (cache.table, cache.starts, cache.lens, call.qo_indptr, call.mask)
+    plan = make_plan(call, out.stride(), workspace, splits, config)
+    plan.run(
+        (call.q_nope, call.q_pe, cache.kv_c, cache.k_pe),
+        (*optional, call.q_scale, call.k_scale),
         out,
         lse,
-        splits,
-        out.stride(0),
-        out.stride(1),
-        N=dims.N,
-        LKV=dims.Lkv,
-        BLOCK_S=block_s,
-        BLOCK_L=block_l,
+        workspace,
+    )
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[str, int]:
+    """Arch name and number of compute units."""
+    if device.type == "cpu":  # Triton's interpreter
+        return "interpreter", 4
+    properties = torch.cuda.get_device_properties(device)
+    if ROCM:
+        arch = tuned_arch(properties.gcnArchName.split(":")[0], triton.__version__)
+        return arch, properties.multi_processor_count
+    return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def configure(call: Call) -> tuple[Config, str]:
+    """The config of a call on its device, and why."""
+    dims = call.dims
+    return configure_for(
+        call.q_nope.device,
+        rows=dims.Sq * dims.N,
+        Lkv=dims.Lkv,
+        R=dims.R,
+        q_bytes=call.q_nope.element_size(),
+        kv_bytes=call.cache.kv_c.element_size(),
+        rare=_rare(call),
+    )
+
+
+def configure_for(device: torch.device, **shape: Any) -> tuple[Config, str]:
+    """As `config.choose`, on a device and under the pin of the environment."""
+    return choose(_device(device)[0], pinned=os.environ.get("MLA_COMPILE_KERNEL"), **shape)
+
+
+def make_plan(
+    call: Call,
+    out_strides: tuple[int, ...],
+    workspace: Tensor | None,
+    splits: int | None = None,
+    config: Config | None = None,
+) -> Plan:
+    dims, cache = call.dims, call.cache
+    _, units = _device(call.q_nope.device)
+    if config is None:
+        config, _ = configure(call)
+    row_blocks = -(-dims.Sq * dims.N // config.block_m)
+    if splits is None:
+        tiles = -(-cache.typical_len // config.block_n)
+        at_once = units * config.per_unit
+        splits = num_splits(dims.B * row_blocks, tiles, at_once, config.stream, config.combine)
+    grid = (row_blocks * splits * dims.B, 1, 1)
+    if splits == 1:
+        return Plan(_split(call, config, grid, 1, (*out_strides[:2], 0)), None, 0, 0)
+
+    needed = workspace_numel(dims, splits)
+    if workspace is not None and workspace.numel() < needed:
+        refuse("workspace", f"at least {needed} elements", workspace.numel(), "Allocate more.")
+    rows = dims.T * dims.N
+    strides = (dims.N * splits * dims.Lkv, splits * dims.Lkv, dims.Lkv)
+    block_s, block_l = combine_blocks(splits, dims.Lkv)
+    combine = Launch(
+        combine_kernel,
+        (rows, -(-dims.Lkv // block_l), 1),
+        {
+            "num_splits": splits,
+            "stride_ot": out_strides[0],
+            "stride_on": out_strides[1],
+            "N": dims.N,
+            "LKV": dims.Lkv,
+            "BLOCK_S": block_s,
+            "BLOCK_L": block_l,
+        },
         num_warps=4,
     )
+    part_ml = rows * splits * dims.Lkv
+    return Plan(_split(call, config, grid, splits, strides), combine, part_ml, needed)
+
+
+def _rare(call: Call) -> str:
+    """The first feature of a call that the Gluon kernels lack."""
+    inputs = (call.q_nope, call.q_pe, call.cache.kv_c, call.cache.k_pe)
+    # Direct-to-LDS loads take 16 bytes a lane, which Triton must be able to prove.
+    aligned = all(
+        t.data_ptr() % 16 == 0 and not any(s % 16 for s in t.stride()[:2]) for t in inputs
+    )
+    features = {
+        "attn_mask": call.mask is not None,
+        "logit_cap": call.logit_cap > 0,
+        "q_scale or k_scale": call.q_scale is not None or call.k_scale is not None,
+        "sm_scale of 0 or less": call.sm_scale <= 0,
+        "strides that are not multiples of 16": not aligned,
+    }
+    return next((name for name, present in features.items() if present), "")
+
+
+def _stage1(kernel: str) -> Any:
+    if kernel == "cdna3":
+        from mla_compile.kernels.cdna3 import cdna3_kernel
+
+        return cdna3_kernel
+    if kernel == "cdna4":
+        from mla_compile.kernels.cdna4 import cdna4_kernel
+
+        return cdna4_kernel
+    return split_kernel
 
 
 def _split(
     call: Call,
     config: Config,
-    row_blocks: int,
+    grid: tuple[int, int, int],
     splits: int,
-    out: Tensor,
-    lse: Tensor,
     out_strides: tuple[int, ...],
-) -> None:
+) -> Launch:
     dims, cache, mask = call.dims, call.cache, call.mask
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     mask_columns, mask_rows = 0, False
@@ -110,46 +284,47 @@ def _split(
             mask_strides, mask_columns = (*mask_strides[:3], 0), ALL_KEYS
         varies = (mask_strides[1] != 0 and dims.N > 1) or (mask_strides[2] != 0 and dims.Sq > 1)
         mask_rows = varies or call.causal
-    split_kernel[(row_blocks * splits * dims.B,)](
-        call.q_nope,
-        call.q_pe,
-        cache.kv_c,
-        cache.k_pe,
-        out,
-        lse,
-        cache.table,
-        cache.starts,
-        cache.lens,
-        call.qo_indptr,
-        mask,
-        call.q_scale,
-        call.k_scale,
-        call.sm_scale,
-        call.logit_cap if call.logit_cap > 0 else None,
-        call.mask_fill,
-        dims.Sq,
-        cache.page_size,
-        splits,
-        mask_columns,
-        *call.q_nope.stride()[:2],
-        *call.q_pe.stride()[:2],
-        *cache.kv_c.stride()[:2],
-        *cache.k_pe.stride()[:2],
-        *out_strides,
-        cache.table.stride(0) if cache.table is not None else 0,
-        *mask_strides,
-        N=dims.N,
-        LKV=dims.Lkv,
-        R=dims.R,
-        PAGE_SIZE=cache.page_size if cache.table is not None else 0,
-        CAUSAL=call.causal,
-        MASK_ROWS=mask_rows,
-        SPLIT=splits > 1,
-        RELOAD_V=config.reload_v,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_L=max(16, ceil_pow2(dims.Lkv)),
-        BLOCK_R=max(16, ceil_pow2(dims.R)),
+    return Launch(
+        _stage1(config.kernel),
+        grid,
+        {
+            "sm_scale": call.sm_scale,
+            "logit_cap": call.logit_cap if call.logit_cap > 0 else None,
+            "mask_fill": call.mask_fill,
+            "max_seqlen_q": dims.Sq,
+            "page_size": cache.page_size,
+            "num_splits": splits,
+            "num_programs": grid[0],
+            "mask_columns": mask_columns,
+            "stride_qt": call.q_nope.stride(0),
+            "stride_qn": call.q_nope.stride(1),
+            "stride_pt": call.q_pe.stride(0),
+            "stride_pn": call.q_pe.stride(1),
+            "stride_cp": cache.kv_c.stride(0),
+            "stride_cs": cache.kv_c.stride(1),
+            "stride_kp": cache.k_pe.stride(0),
+            "stride_ks": cache.k_pe.stride(1),
+            "stride_ot": out_strides[0],
+            "stride_on": out_strides[1],
+            "stride_os": out_strides[2],
+            "stride_table": cache.table.stride(0) if cache.table is not None else 0,
+            "stride_mb": mask_strides[0],
+            "stride_mn": mask_strides[1],
+            "stride_mq": mask_strides[2],
+            "stride_ms": mask_strides[3],
+            "N": dims.N,
+            "LKV": dims.Lkv,
+            "R": dims.R,
+            "PAGE_SIZE": cache.page_size if cache.table is not None else 0,
+            "CAUSAL": call.causal,
+            "MASK_ROWS": mask_rows,
+            "SPLIT": splits > 1,
+            "RELOAD_V": config.reload_v,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_L": max(16, ceil_pow2(dims.Lkv)),
+            "BLOCK_R": max(16, ceil_pow2(dims.R)),
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **dict(config.options),

@@ -40,11 +40,12 @@ class Inputs:
     table: Tensor  # [B, Skv / page_size]
     P: int = 16
 
-    def to(self, dtype: torch.dtype) -> Inputs:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "P"}
-        return replace(
-            self, **{k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
-        )
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device, dtype if t.is_floating_point() else t.dtype)
+
+        tensors = {f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "P"}
+        return replace(self, **tensors)
 
     def with_dynamic_sizes(self) -> Inputs:
         """The same, with the number of sequences and of cached tokens marked as dynamic."""

@@ -102,7 +102,8 @@ def expanded_rope_in_the_step_from_a_unified_cache(x: Inputs) -> Tensor:
     k = torch.cat([k, k_pe[:, :, None].expand(-1, -1, x.N, -1)], -1).transpose(1, 2)
     q = torch.cat([x.q_nope, x.q_pe], -1).transpose(1, 2)
     p = F.softmax(torch.matmul(q, k.mT) / math.sqrt(24), dim=-1)
-    return (p @ v.transpose(1, 2)).transpose(1, 2)
+    out: Tensor = p @ v.transpose(1, 2)
+    return out.transpose(1, 2)
 
 
 def expanded_rope_in_the_step_by_halves(x: Inputs) -> Tensor:

@@ -32,6 +32,13 @@ def softmax_with_the_sum_unsqueezed(x: Inputs) -> Tensor:
     return up(weighed(e / e.sum(-1).unsqueeze(-1), x), x)
 
 
+def softmax_of_shifted_scores(x: Inputs) -> Tensor:
+    """gpt-oss subtracts the maximum, then calls softmax, which does it again."""
+    s = scores(x)
+    s = s - s.max(dim=-1, keepdim=True).values
+    return up(weighed(s.softmax(-1), x), x)
+
+
 def divided_after_the_values(x: Inputs) -> Tensor:
     s = scores(x)
     e = (s - s.amax(-1, keepdim=True)).exp()

@@ -1,0 +1,206 @@
+"""What the Gluon kernels of CDNA3 and CDNA4 share: all but how a tile moves through LDS.
+
+They compute what `split` does and write the same out, m and l, for the common case alone:
+`config.uncovered` is the list of what they leave to it. A workgroup owns BLOCK_M query rows and one
+KV split. Its waves divide Q · Kᵀ by rows, and what is left of them by keys; P · V they divide by
+columns, so that no part of a V tile is read by two waves. P and alpha change hands through LDS.
+
+`block` is (first row, q_start, Sq of the sequence, split), `keys` is (lo, hi, kv_len, b, where the
+sequence's table entries start). A tile's `at` is its keys' positions and their table entries.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LKV: gl.constexpr = gl.constexpr(512)
+R: gl.constexpr = gl.constexpr(64)
+WIDE: gl.constexpr = gl.constexpr(8)  # elements of 16 bytes, the widest access there is
+XCDS: gl.constexpr = gl.constexpr(8)  # dies of an MI300 or MI350, each with an L2 of its own
+LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
+LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
+
+
+@gluon.constexpr_function
+def _matrix_layout(version, waves):
+    shape = [16, 16, 16 if version == 3 else 32]
+    return gl.amd.AMDMFMALayout(
+        version=version, instr_shape=shape, transposed=True, warps_per_cta=waves
+    )
+
+
+@gluon.constexpr_function
+def score_layout(version, block_m, num_warps):
+    """[BLOCK_M, BLOCK_N]: 16 rows a wave; waves that are left divide the keys."""
+    over_rows = min(block_m // 16, num_warps)
+    return _matrix_layout(version, [over_rows, num_warps // over_rows])
+
+
+@gluon.constexpr_function
+def out_layout(version, num_warps):
+    """[BLOCK_M, LKV]: every wave has all rows of its columns."""
+    return _matrix_layout(version, [1, num_warps])
+
+
+@gluon.constexpr_function
+def tile_layout(width, num_warps):
+    """[BLOCK_N, width] as it lies in memory: a wave takes whole rows, 16 bytes a lane."""
+    lanes = min(width // 8, 64)
+    return gl.BlockedLayout([1, 8], [64 // lanes, lanes], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def padded(rows, width, every, by):
+    """Row-major in LDS with a gap of `by` elements after each `every`, against bank conflicts."""
+    return gl.PaddedSharedLayout.with_identity_for([[every, by]], [rows, width], [1, 0])
+
+
+@gluon.jit
+def claim(
+    starts_ptr,
+    lens_ptr,
+    qo_indptr_ptr,
+    max_seqlen_q,
+    page_size,
+    num_splits,
+    num_programs,
+    N: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """This program's block and keys; hi <= lo where there is nothing to attend to."""
+    # Programs are dealt to the XCDs in turn; what shares keys is to share an L2.
+    pid = gl.program_id(0)
+    xcd = pid % XCDS
+    pid = xcd * (num_programs // XCDS) + gl.minimum(xcd, num_programs % XCDS) + pid // XCDS
+
+    row_blocks = gl.cdiv(max_seqlen_q * N, BLOCK_M)
+    row = pid % row_blocks * BLOCK_M
+    split = pid // row_blocks % num_splits
+    b = (pid // row_blocks // num_splits).to(gl.int64)
+
+    if qo_indptr_ptr is None:
+        sq = max_seqlen_q
+        q_start = b * max_seqlen_q
+    else:
+        q_start = gl.load(qo_indptr_ptr + b).to(gl.int64)
+        sq = (gl.load(qo_indptr_ptr + b + 1) - q_start).to(gl.int32)
+
+    entry = b * 0
+    if starts_ptr is None:
+        kv_len = page_size if lens_ptr is None else gl.load(lens_ptr + b).to(gl.int32)
+    else:
+        entry = gl.load(starts_ptr + b).to(gl.int64)
+        pages = (gl.load(starts_ptr + b + 1) - entry).to(gl.int32)
+        last = gl.load(lens_ptr + b).to(gl.int32)
+        kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0)
+
+    kv_end = kv_len
+    if CAUSAL:
+        last_token = (gl.minimum(row + BLOCK_M, sq * N) - 1) // N
+        kv_end = gl.maximum(kv_len - sq + 1 + last_token, 0)
+    span = gl.cdiv(gl.cdiv(kv_end, num_splits), BLOCK_N) * BLOCK_N
+    lo = split * span
+    hi = gl.minimum(lo + span, kv_end)
+    hi = gl.where(row < sq * N, hi, lo)  # a row block past this sequence's queries
+    return (row, q_start, sq, split), (lo, hi, kv_len, b, entry)
+
+
+@gluon.jit
+def rows_of(block, N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Token within the sequence and head of each row; rows past the end repeat the last."""
+    rows = gl.minimum(block[0] + gl.arange(0, BLOCK_M, layout=LAYOUT), block[2] * N - 1)
+    return rows // N, rows % N
+
+
+@gluon.jit
+def owned(block, N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    return block[0] + gl.arange(0, BLOCK_M, layout=LAYOUT) < block[2] * N
+
+
+@gluon.jit
+def load_query(ptr, block, stride_t, stride_n, N, BLOCK_M, WIDTH, LAYOUT: gl.constexpr):
+    """[BLOCK_M, WIDTH], into the registers where the matrix instruction wants it."""
+    token, head = rows_of(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    rows = (block[1] + token) * stride_t + head.to(gl.int64) * stride_n
+    cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.load(ptr + rows[:, None] + cols[None, :])
+
+
+@gluon.jit
+def look_up(table_ptr, start, hi, PAGE_SIZE, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """`at` of the tile at `start`; keys past the end repeat the last."""
+    pos = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
+    pos = gl.minimum(pos, hi - 1).to(gl.uint32)  # unsigned: // and % are one instruction each
+    if PAGE_SIZE == 0:
+        entries = pos
+    elif PAGE_SIZE == 1:
+        entries = gl.load(table_ptr + pos)
+    elif PAGE_SIZE % BLOCK_N == 0:  # the tile lies in one page
+        entries = gl.load(table_ptr + gl.minimum(start, hi - 1) // PAGE_SIZE)
+    else:
+        entries = gl.load(table_ptr + pos // PAGE_SIZE)
+    return pos, entries
+
+
+@gluon.jit
+def tile_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE, WIDTH, LAYOUT: gl.constexpr):
+    """[BLOCK_N, WIDTH] pointers."""
+    pos, entries = at
+    if PAGE_SIZE == 0:
+        rows = b * stride_p + pos.to(gl.int64) * stride_s
+    elif PAGE_SIZE == 1:
+        rows = entries.to(gl.int64) * stride_p
+    else:
+        rows = entries.to(gl.int64) * stride_p + (pos % PAGE_SIZE).to(gl.int64) * stride_s
+    cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    return ptr + rows[:, None] + cols[None, :]
+
+
+@gluon.jit
+def hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, LAYOUT: gl.constexpr):
+    """-inf for keys past the end or later than a row's query."""
+    pos = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+    visible = (pos < keys[1])[None, :]
+    if CAUSAL:
+        token, _ = rows_of(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+        visible = visible & (pos[None, :] <= (token + (keys[2] - block[2]))[:, None])
+    return gl.where(visible, s, float("-inf"))
+
+
+@gluon.jit
+def softmax(s, m_i, l_i, qk_scale, CAUSAL: gl.constexpr):
+    """One online step in powers of two: p, alpha and the new m_i, l_i."""
+    m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
+    base = m_new
+    if CAUSAL:  # a row may have seen no key yet; -inf - -inf is NaN
+        base = gl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = gl.exp2(m_i - base)
+    p = gl.exp2(s * qk_scale - base[:, None])
+    return p, alpha, m_new, l_i * alpha + gl.sum(p, 1)
+
+
+@gluon.jit
+def store_out(ptr, out, block, strides, N, BLOCK_M, LAYOUT: gl.constexpr):
+    token, head = rows_of(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    rows = (block[1] + token) * strides[0] + head.to(gl.int64) * strides[1]
+    rows += block[3].to(gl.int64) * strides[2]
+    cols = gl.arange(0, LKV, layout=gl.SliceLayout(0, LAYOUT))
+    mine = owned(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    gl.store(ptr + rows[:, None] + cols[None, :], out.to(ptr.dtype.element_ty), mask=mine[:, None])
+
+
+@gluon.jit
+def store_sums(ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, LAYOUT: gl.constexpr):
+    """lse, or (m, l) for `combine`."""
+    token, head = rows_of(block, N, BLOCK_M, LAYOUT)
+    rows = (block[1] + token) * N + head
+    mine = owned(block, N, BLOCK_M, LAYOUT)
+    if SPLIT:
+        part = ptr + (rows * num_splits + block[3]) * 2
+        gl.store(part, m_i, mask=mine)
+        gl.store(part + 1, l_i, mask=mine)
+    else:
+        lse = gl.where(l_i > 0, (m_i + gl.log2(l_i)) * LN2, float("-inf"))
+        gl.store(ptr + rows, lse, mask=mine)

@@ -1,0 +1,150 @@
+"""Stage 1 for CDNA4 (gfx950): tiles go from memory straight to LDS, two in turn.
+
+While one tile is worked on the next arrives, without passing through registers. Q · Kᵀ reads it as
+it lies, P · V by the transposing LDS read of CDNA4.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.amd.cdna4 import async_copy
+
+import mla_compile.kernels.cdna as cdna
+from mla_compile.kernels.cdna import LKV, LOG2E, WIDE, R
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the second name
+
+
+@gluon.jit(do_not_specialize=["page_size", "num_splits", "num_programs", "stride_table"])
+def cdna4_kernel(
+    q_nope_ptr,  # [T, N, LKV]
+    q_pe_ptr,  # [T, N, R]
+    kv_c_ptr,  # [pages, page_size, LKV]
+    k_pe_ptr,  # [pages, page_size, R]
+    out_ptr,  # [T, N, LKV], or fp32 [T, N, num_splits, LKV] if SPLIT
+    lse_ptr,  # [T, N], or (m, l) as [T, N, num_splits, 2] if SPLIT
+    table_ptr,  # None: sequence b owns page b
+    starts_ptr,  # [B+1] of a CSR table, else None
+    lens_ptr,  # [B], or None: page_size tokens each
+    qo_indptr_ptr,  # [B+1], or None: max_seqlen_q tokens each
+    mask_ptr,  # None, as the scales: a call with one goes to `split`
+    q_scale_ptr,
+    k_scale_ptr,
+    sm_scale,
+    max_seqlen_q,
+    page_size,
+    num_splits,
+    num_programs,
+    stride_qt,
+    stride_qn,
+    stride_pt,
+    stride_pn,
+    stride_cp,
+    stride_cs,
+    stride_kp,
+    stride_ks,
+    stride_ot,
+    stride_on,
+    stride_os,
+    stride_table,
+    N: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,  # page_size, or 0 where no table is read
+    CAUSAL: gl.constexpr,
+    SPLIT: gl.constexpr,  # the KV is split: write what `combine` merges
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    W: gl.constexpr = gl.num_warps()
+    DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
+    C: gl.constexpr = cdna.tile_layout(LKV, W)
+    E: gl.constexpr = cdna.tile_layout(R, W)
+    S: gl.constexpr = cdna.score_layout(4, BLOCK_M, W)
+    A: gl.constexpr = cdna.out_layout(4, W)
+    ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    Q: gl.constexpr = gl.DotOperandLayout(0, S, WIDE)
+    K: gl.constexpr = gl.DotOperandLayout(1, S, WIDE)
+    P: gl.constexpr = gl.DotOperandLayout(0, A, WIDE)
+    V: gl.constexpr = gl.DotOperandLayout(1, A, WIDE)
+
+    block, keys = cdna.claim(
+        starts_ptr,
+        lens_ptr,
+        qo_indptr_ptr,
+        max_seqlen_q,
+        page_size,
+        num_splits,
+        num_programs,
+        N,
+        PAGE_SIZE,
+        CAUSAL,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    lo, hi, _, b, entry = keys
+    m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=ROWS)
+    l_i = gl.zeros([BLOCK_M], gl.float32, layout=ROWS)
+    acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=A)
+    out_strides = (stride_ot, stride_on, stride_os)
+    if hi <= lo:
+        cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
+        cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
+        return
+    if PAGE_SIZE > 0:
+        table_ptr += b * stride_table if starts_ptr is None else entry
+
+    q_nope = cdna.load_query(q_nope_ptr, block, stride_qt, stride_qn, N, BLOCK_M, LKV, Q)
+    q_pe = cdna.load_query(q_pe_ptr, block, stride_pt, stride_pn, N, BLOCK_M, R, Q)
+    qk_scale = sm_scale * LOG2E
+
+    # A wave writes 1 KB at a time, so only what one write holds can be kept apart.
+    kv_smem = gl.allocate_shared_memory(
+        DTYPE, [2, BLOCK_N, LKV], cdna.padded(BLOCK_N, LKV, 512, 16)
+    )
+    pe_smem = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, R], cdna.padded(BLOCK_N, R, 512, 16))
+    p_smem = gl.allocate_shared_memory(
+        DTYPE, [BLOCK_M, BLOCK_N], cdna.padded(BLOCK_M, BLOCK_N, BLOCK_N, WIDE)
+    )
+    row_smem = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+
+    at_c = cdna.look_up(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, C)
+    at_e = cdna.look_up(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, E)
+    kv = cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C)
+    pe = cdna.tile_at(k_pe_ptr, at_e, b, stride_kp, stride_ks, PAGE_SIZE, R, E)
+    async_copy.global_load_to_shared(kv_smem.index(0), kv)
+    async_copy.global_load_to_shared(pe_smem.index(0), pe)
+    async_copy.commit_group()
+    at_c = cdna.look_up(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
+    at_e = cdna.look_up(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
+    now = 0
+    for start in range(lo, hi, BLOCK_N):
+        async_copy.wait_group(0)
+        barrier()
+        kv = cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C)
+        pe = cdna.tile_at(k_pe_ptr, at_e, b, stride_kp, stride_ks, PAGE_SIZE, R, E)
+        async_copy.global_load_to_shared(kv_smem.index(1 - now), kv)
+        async_copy.global_load_to_shared(pe_smem.index(1 - now), pe)
+        async_copy.commit_group()
+        at_c = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
+        at_e = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
+
+        k = async_copy.load_shared_relaxed(kv_smem.index(now).permute([1, 0]), K)
+        k_pe = async_copy.load_shared_relaxed(pe_smem.index(now).permute([1, 0]), K)
+        s = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S)
+        s = gl.amd.cdna3.mfma(q_pe, k_pe, s)
+        s = gl.amd.cdna3.mfma(q_nope, k, s)
+        s = cdna.hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, S)
+        p, alpha, m_i, l_i = cdna.softmax(s, m_i, l_i, qk_scale, CAUSAL)
+        v = async_copy.load_shared_relaxed(kv_smem.index(now), V)  # [BLOCK_N, LKV]
+        p_smem.store(p.to(DTYPE))
+        row_smem.store(alpha)
+        barrier()
+        acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
+        acc = gl.amd.cdna3.mfma(p_smem.load(P), v, acc)  # [BLOCK_M, LKV]
+        now = 1 - now
+    async_copy.wait_group(0)
+
+    row_smem.store(1.0 / gl.where(l_i > 0, l_i, 1.0))
+    acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
+    cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
+    cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)

@@ -1,0 +1,84 @@
+"""Stand-ins for Triton kernels: the host code launches them as it would on the GPU, they compile
+for it and run in the emulator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.cdna.asm import Kernel, parse
+from tests.cdna.compiler import LARGE, Binary, Compiler, Pointer, Request
+from tests.cdna.launch import Argument, Buffer, launch
+
+WRITTEN = ("out_ptr", "lse_ptr")  # every other pointer is read-only
+FORMATS = {"fp32": "f", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "i1": "?"}
+
+
+@dataclass
+class Emulated:
+    """The kernel `function`, compiled for `arch`."""
+
+    function: Any
+    arch: str
+    compiler: Compiler
+    large: bool = False  # as if every tensor were a view of a large storage
+    planned: list[Request] | None = None  # note what would be compiled, run nothing
+    runs: Counter[Request] = field(default_factory=Counter)  # wave instructions by binary
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self._launch(grid, arguments, options)
+
+    def _launch(
+        self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        python = self.function.fn
+        described = tuple(map(self._describe, arguments))
+        name = python.__module__, python.__name__
+        request = Request(name, self.arch, described, tuple(options.items()))
+        binary = self.compiler.submit(request)
+        if self.planned is not None:
+            self.planned.append(request)
+            return
+        values = dict(zip(self.function.arg_names, arguments, strict=False)) | options
+        self.runs[request] += execute(binary.result(), self.arch, grid, values)
+
+    def _describe(self, argument: Any) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        large = self.large or argument.untyped_storage().nbytes() >= LARGE
+        dtype = str(argument.dtype).removeprefix("torch.")
+        return Pointer(dtype, argument.data_ptr() % 16 == 0, LARGE if large else 0)
+
+
+def execute(
+    binary: Binary,
+    arch: str,
+    grid: tuple[int, ...],
+    values: dict[str, Any],
+    kernel: Kernel | None = None,
+) -> int:
+    """Run a binary, or an altered kernel in its place, on tensors; count its wave instructions."""
+    memories: dict[int, np.ndarray[Any, Any]] = {}
+    arguments: list[Argument] = []
+    for name, kind in binary.parameters:
+        value = values[name]
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            memory = memories.setdefault(storage.data_ptr(), _bytes(storage))
+            offset = value.data_ptr() - storage.data_ptr()
+            arguments.append(Buffer(memory, offset, name in WRITTEN))
+        else:
+            arguments.append((FORMATS[kind], value))
+    kernel = kernel or parse(binary.asm)
+    run = launch(kernel, arch, grid, arguments, waves=binary.waves, lds=binary.lds)
+    return run.wave_instructions
+
+
+def _bytes(storage: torch.UntypedStorage) -> np.ndarray[Any, Any]:
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
