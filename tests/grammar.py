@@ -200,7 +200,7 @@ class Mutation:
 
 CHOICES: dict[str, list[Any]] = {
     "dtype": [torch.float32, torch.bfloat16, torch.float16],
-    "dynamic": [False, True],
+    "dynamic": [False, False, False, True],
     "absorbed": [False, True],
     "cache": list(CACHES),
     "contraction": list(CONTRACTIONS),

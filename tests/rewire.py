@@ -1,4 +1,4 @@
-"""Mutations that no author thought of: one edge of an ATen graph gets another tensor of the same shape."""
+"""Mutations no author thought of: an edge of an ATen graph gets another tensor of the same shape."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ def changes(source: Node, user: Node) -> list[Change]:
     if t.dim() > 1 and t.shape[-1] == t.shape[-2]:
         order = [*range(t.dim() - 2), t.dim() - 1, t.dim() - 2]
         ways.append(("transposed", lambda x: copied(call(aten.permute.default, (x, order)))))
+    if t.dtype in (torch.int32, torch.int64):
+        return ways  # any other integers may be no indices
     for other in user.graph.nodes:
         if other is user:
             break
