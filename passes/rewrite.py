@@ -203,7 +203,9 @@ class Emitter:
                 fill = mask.fill
         if keep is None or bias is None:
             return (bias if keep is None else keep), fill
-        return torch.where(keep, bias.float(), fill), float("-inf")
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        lowest = fill if fill == float("-inf") else max(fill, torch.finfo(wide).min)
+        return torch.where(keep, bias.to(wide), lowest), float("-inf")
 
     def seq_lens(self, site: MLASite) -> Tensor | None:
         if site.lengths is None and site.paging is None:

@@ -152,7 +152,8 @@ def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
 
 
 def is_latent(term: ScoreTerm, kv_c: Leaf, value: Label) -> bool:
-    return term.key.key({term.feature: "feature"}) == kv_c.key({value: "feature"})
+    same = term.key.key({term.feature: "feature"}) == kv_c.key({value: "feature"})
+    return same and equal(term.feature.size, value.size)
 
 
 def columns(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
