@@ -133,7 +133,7 @@ def score_term(term: Term, key: Leaf, around: frozenset[Label], attention: Atten
 
 
 def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
-    """One contraction over a cache row as several, so that one of them is over the values' features."""
+    """A contraction over a cache row as several, one of them over the values' features."""
     pieces = [term]
     if term.key.node is kv_c.node:
         pieces = columns(term, kv_c, value)

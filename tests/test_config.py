@@ -55,7 +55,7 @@ def test_pick(arch: str, rows: int, Lkv: int, size: int, expected: Any) -> None:
 
 
 def test_amd_archs_have_configs_of_their_own_before_triton_3_8() -> None:
-    assert tuned_arch("gfx950", "3.6.0") == "gfx950-3.7"
+    assert tuned_arch("gfx950", "3.6.0") == "gfx950-3.6"
     assert tuned_arch("gfx950", "3.10.1+rocm") == "gfx950"
     assert tuned_arch("gfx942", "3.7.0") == "gfx942-3.7"
     assert tuned_arch("sm90", "3.6.0") == "sm90"
