@@ -81,7 +81,7 @@ def chosen(
         ("gfx950", {"R": 0}, HALF["gfx950"][1], "cdna4 lacks dims 512 + 0"),
         ("gfx950", {"Lkv": 256, "R": 32}, HALF["gfx950"][1], "cdna4 lacks dims 256 + 32"),
         ("gfx942", {"q_bytes": 4, "kv_bytes": 4}, FALLBACK[0], "cdna3 lacks elements of 4 bytes"),
-        ("gfx942", {"kv_bytes": 1}, HALF["gfx942"][1], "cdna3 lacks elements of 1 byte"),
+        ("gfx942", {"kv_bytes": 1}, BYTE["gfx942"][1], "cdna3 lacks elements of 1 byte"),
         ("gfx942", {"pinned": "portable"}, HALF["gfx942"][1], "pinned"),
         ("gfx942", {"pinned": "cdna3"}, GLUON["gfx942"][1], "pinned"),
         ("gfx942", {"pinned": ""}, GLUON["gfx942"][1], "the table of gfx942"),
