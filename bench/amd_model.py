@@ -175,7 +175,7 @@ class Recorded(Emulated):
     ) -> None:
         with watching() as traffic:
             super()._launch(grid, arguments, options)
-        binary = self.compiler.submit(next(iter(self.runs))).result()
+        binary = self.compiler.submit(self.request(arguments, options)).result()
         gpu, kernel = GPUS[self.arch], parse(binary.asm)
         values = dict(zip(self.arg_names, arguments, strict=False)) | options
         if "BLOCK_M" in values:

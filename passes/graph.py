@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
@@ -48,6 +48,31 @@ RENAMES = frozenset(
         aten.squeeze.dims,
     }
 )
+
+
+SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default})
+# Writes into a copy of their first argument.
+WRITES = frozenset(
+    {aten.index_put.default, aten.slice_scatter.default, aten.select_scatter.default}
+)
+
+
+def readers(node: Node) -> list[Node]:
+    """The users of a node that read its elements, not only its size."""
+    return [user for user in node.users if user.target not in SIZES]
+
+
+def measure_inputs(graph: Graph) -> None:
+    """Ask the graph's inputs for the sizes that they have, so that no intermediate is kept for it."""
+    measured: dict[Any, tuple[Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        for dim, n in enumerate(shape(node) if is_tensor(node) else ()):
+            if isinstance(n, torch.SymInt):
+                measured.setdefault(n.node.expr, (node, dim))
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt) and value.node.expr in measured:
+            node.args = measured[value.node.expr]
 
 
 def true(condition: bool | torch.SymBool) -> bool:

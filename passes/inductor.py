@@ -16,6 +16,7 @@ from torch.fx import Graph
 
 import mla_compile.ops
 from mla_compile.passes.absorb import weigh
+from mla_compile.passes.graph import measure_inputs
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.rewrite import rewrite
 from mla_compile.passes.site import Miss, MLASite
@@ -63,6 +64,7 @@ class MLAPass(CustomGraphPass):
 
     def _run(self, graph: Graph) -> None:
         try:
+            measure_inputs(graph)
             for verdict in recognise(graph):
                 if isinstance(verdict, MLASite):
                     verdict = weigh(verdict)

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from mla_compile.passes.graph import (
     CONTRACTIONS,
     FLOATS,
+    WRITES,
     Size,
     divides,
     dtype,
@@ -213,7 +214,8 @@ def computed_for(tokens: Size, node: Node) -> Iterator[Node]:
     todo, seen = [node], {node}
     while todo:
         yield (node := todo.pop())
-        before = [x for x in node.all_input_nodes if x not in seen]
+        inputs = [node.args[0]] if node.target in WRITES else node.all_input_nodes
+        before = [x for x in inputs if x not in seen]
         todo += [x for x in before if not is_tensor(x) or any(divides(tokens, n) for n in shape(x))]
         seen |= {*before}
 

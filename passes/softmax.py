@@ -22,6 +22,7 @@ from mla_compile.passes.graph import (
     constant,
     equal,
     is_tensor,
+    readers,
     shape,
     strip,
 )
@@ -119,11 +120,12 @@ def split_shift(exponential: Node) -> tuple[Node, Node | None]:
 
 def unshifted(scores: Node, axis: int) -> Node:
     """The scores before anything that is constant along the axis was subtracted: no softmax sees it."""
-    while scores.target is aten.sub.Tensor and is_tensor(scores.args[1]):
-        if per_row(scores.args[1], scores, axis) is None:
-            break
-        scores = scores.args[0]
-    return scores
+    shifted = strip_copies(scores)
+    if shifted.target is not aten.sub.Tensor or not is_tensor(shifted.args[1]):
+        return scores
+    if per_row(shifted.args[1], shifted, axis) is None:
+        return scores
+    return unshifted(shifted.args[0], axis)
 
 
 def row_sums(exponential: Node) -> Iterator[tuple[Node, int]]:
@@ -309,7 +311,7 @@ def consumer(weights: Node, beside: Collection[Node]) -> tuple[Node, frozenset[N
     """The one contraction that the weights end in, and the nodes on the way; `beside` does not count."""
     node, path = weights, {weights}
     while True:
-        users = [u for u in node.users if u not in beside]
+        users = [u for u in readers(node) if u not in beside]
         if len(users) != 1:
             names = ", ".join(u.name for u in users)
             raise Refusal(Reason.ESCAPE, f"the probabilities are used by {names}", node)
@@ -335,7 +337,7 @@ def is_division(node: Node) -> bool:
 
 
 def next_carrier(node: Node, otherwise: str) -> Node:
-    users = list(node.users)
+    users = readers(node)
     if len(users) != 1 or users[0].target not in RENAMES | CASTS | {aten.div.Tensor}:
         raise Refusal(Reason.SOFTMAX, otherwise, node)
     return users[0]
@@ -353,7 +355,7 @@ def escape(node: Node, replaced: Collection[Node]) -> Node | None:
     """A node beyond the attention that needs `node` even when `replaced` are computed in another way."""
     seen, todo = {node}, [node]
     while todo:
-        for user in todo.pop().users:
+        for user in readers(todo.pop()):
             if user in seen or user in replaced:
                 continue
             if user.op == "output" or user.is_impure():

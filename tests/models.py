@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
@@ -35,6 +36,8 @@ TINY: dict[str, Any] = {
 }
 SPARSE = {"index_topk": 8, "index_n_heads": 2}  # 8 of at least 11 cached tokens
 SELECT_ALL = {"index_topk": 32}  # in bf16, where rounding makes an indexer select others
+# With an indexer, 5.17 caches the keys and values of every head where 5.23 caches the latent.
+EXPANDED = Reason.NO_LATENT if Version(transformers.__version__) < Version("5.23") else None
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 
 
@@ -90,11 +93,11 @@ class Model:
 
 MODELS = {
     "axk1": Model("AXK1ForCausalLM"),
-    "axk2": Model("AXK2ForCausalLM", SPARSE),
+    "axk2": Model("AXK2ForCausalLM", SPARSE, refused=EXPANDED),
     "bailing_hybrid": Model("BailingHybridForCausalLM", HYBRID, layers=1),
     "deepseek_v2": Model("DeepseekV2ForCausalLM"),
     "deepseek_v3": Model("DeepseekV3ForCausalLM"),
-    "deepseek_v32": Model("DeepseekV32ForCausalLM", SPARSE),
+    "deepseek_v32": Model("DeepseekV32ForCausalLM", SPARSE, refused=EXPANDED),
     # A layer with an indexer, a layer with a sliding window; each has its own dims and cache.
     "dots3_note": Model(
         "Dots3NoteForCausalLM",
@@ -114,18 +117,19 @@ MODELS = {
         "Glm5NextTextModel",
         SPARSE
         | {
-            "layer_types": ["indexed_attention"] * 2,
+            "layer_types": ["full_attention"] * 2,
             "indexer_types": ["full", "shared"],
             "index_kpool": 2,
         },
+        refused=EXPANDED,
         others=5,
         dynamo={"capture_dynamic_output_shape_ops": True},
     ),
-    "glm_moe_dsa": Model("GlmMoeDsaForCausalLM", SPARSE),
+    "glm_moe_dsa": Model("GlmMoeDsaForCausalLM", SPARSE, refused=EXPANDED),
     # A sink logit beside the scores; the model has no sdpa.
-    "hy_v4": Model("HYV4ForCausalLM", SPARSE, refused=Reason.SOFTMAX, attentions=("eager",)),
+    "hy_v4": Model("HYV4ForCausalLM", SPARSE, refused=Reason.SINKS, attentions=("eager",)),
     "kimi_linear": Model("KimiLinearForCausalLM", HYBRID | {"linear_num_heads": 2}, layers=1),
-    # Always has experts, in a loop of its own that breaks the graph; one expert, one break.
+    # Always has experts, in a loop that breaks the graph at each: here one, and one that is empty.
     "longcat_flash": Model(
         "LongcatFlashForCausalLM",
         {
@@ -133,8 +137,8 @@ MODELS = {
             "ffn_hidden_size": 96,
             "expert_ffn_hidden_size": 32,
             "n_routed_experts": 1,
-            "zero_expert_num": 0,
-            "moe_topk": 1,
+            "zero_expert_num": 1,
+            "moe_topk": 2,
         },
     ),
     "minicpm3": Model("MiniCPM3ForCausalLM"),
@@ -157,7 +161,8 @@ MODELS = {
 
 
 CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
-    "static": lambda lm: StaticCache(config=lm.config, max_cache_len=32),
+    # 37: no other size of a model is a multiple of it.
+    "static": lambda lm: StaticCache(config=lm.config, max_cache_len=37),
     "dynamic": lambda lm: DynamicCache(config=lm.config),
 }
 

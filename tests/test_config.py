@@ -16,6 +16,7 @@ from mla_compile import report
 from mla_compile.dims import Dims
 from mla_compile.kernels import decode
 from mla_compile.kernels.config import (
+    BYTE,
     FALLBACK,
     FULL,
     GLUON,
@@ -80,7 +81,7 @@ def chosen(
         ("gfx950", {"R": 0}, HALF["gfx950"][1], "cdna4 lacks dims 512 + 0"),
         ("gfx950", {"Lkv": 256, "R": 32}, HALF["gfx950"][1], "cdna4 lacks dims 256 + 32"),
         ("gfx942", {"q_bytes": 4, "kv_bytes": 4}, FALLBACK[0], "cdna3 lacks elements of 4 bytes"),
-        ("gfx942", {"kv_bytes": 1}, HALF["gfx942"][1], "cdna3 lacks elements of 1 byte"),
+        ("gfx942", {"kv_bytes": 1}, BYTE["gfx942"][1], "cdna3 lacks elements of 1 byte"),
         ("gfx942", {"pinned": "portable"}, HALF["gfx942"][1], "pinned"),
         ("gfx942", {"pinned": "cdna3"}, GLUON["gfx942"][1], "pinned"),
         ("gfx942", {"pinned": ""}, GLUON["gfx942"][1], "the table of gfx942"),
@@ -111,6 +112,11 @@ def test_an_fp8_cache_under_bf16_picks_as_bf16_does() -> None:
     assert pick("sm90", rows=64, Lkv=512, q_bytes=2, kv_bytes=1) == HALF["sm90"][1]
 
 
+def test_on_gfx942_an_fp8_cache_takes_tiles_that_do_not_spill() -> None:
+    assert pick("gfx942", rows=64, Lkv=512, q_bytes=2, kv_bytes=1) == BYTE["gfx942"][1]
+    assert pick("gfx942", rows=64, Lkv=512, q_bytes=2, kv_bytes=2) == HALF["gfx942"][1]
+
+
 @pytest.mark.parametrize(
     ("masks", "pin", "expected"),
     [
@@ -133,7 +139,9 @@ def test_explain_says_which_kernel_a_gpu_runs_and_why(
     assert report.kernel(site) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("table", [*HALF.values(), *FULL.values(), *GLUON.values(), FALLBACK])
+@pytest.mark.parametrize(
+    "table", [*HALF.values(), *BYTE.values(), *FULL.values(), *GLUON.values(), FALLBACK]
+)
 def test_configs_rise_in_rows(table: tuple[Any, ...]) -> None:
     rows = [config.block_m for config in table]
     assert rows == sorted(set(rows))

@@ -79,7 +79,8 @@ def two_cases() -> list[tuple[str, Case]]:
 def test_every_mla_layer_is_rewritten_or_refused_as_listed(name: str, case: Case) -> None:
     if why := missing(name):
         pytest.skip(why)
-    assert faults(name, run(name, case)) == []
+    outcome = run(name, case)
+    assert faults(name, outcome) == [], outcome
 
 
 # The template of most, a hybrid with linear attention, and an indexer beside a sliding window.

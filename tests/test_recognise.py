@@ -90,8 +90,7 @@ def test_mla_becomes_the_op_on_a_gpu(
 ) -> None:
     wide, x = (inputs(Sq=2).to(t, "cuda") for t in (torch.float64, dtype))
     compiled = Compiled(spelling)
-    with torch.device("cuda"):
-        exact, plain, result = spelling(wide), spelling(x), compiled(x)
+    exact, plain, result = spelling(wide), spelling(x), compiled(x)
     assert compiled.misses == []
     assert compiled.count(OP) == CALLS.get(spelling, 1)
     for got, usual, ideal in zip(both(result), both(plain), both(exact), strict=True):

@@ -122,6 +122,14 @@ GLUON: dict[str, tuple[Config, ...]] = {
     ),
 }
 
+# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value: 64 rows spill 146
+# registers to memory at 32 keys, none at 16.
+_GFX942_BYTE = (
+    _GFX942[0],
+    Config(block_m=64, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
+)
+BYTE = {"gfx942": _GFX942_BYTE, "gfx942-3.7": _GFX942_BYTE}
+
 # fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it.
 FULL: dict[str, tuple[Config, ...]] = {
     "sm90": (Config(block_m=16, block_n=16, num_warps=8, num_stages=2),),
@@ -181,6 +189,8 @@ def choose(
 def pick(arch: str, *, rows: int, Lkv: int, q_bytes: int, kv_bytes: int) -> Config:
     """The portable tile for `rows` query rows of a sequence; sizes in bytes of one element."""
     table = (FULL if max(q_bytes, kv_bytes) > 2 else HALF).get(arch, FALLBACK)
+    if kv_bytes == 1:
+        table = BYTE.get(arch, table)
     if Lkv > 512:  # the tables are sized for DeepSeek's 512
         table = FALLBACK
     return _fitting(table, rows)

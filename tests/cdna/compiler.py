@@ -34,6 +34,14 @@ class Request(NamedTuple):
     options: tuple[tuple[str, Any], ...]  # constexprs and compiler options
 
 
+class Ran(NamedTuple):
+    """A binary that was executed. Different requests may compile to the same code."""
+
+    arch: str
+    kernel: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class Binary:
     asm: str
@@ -152,3 +160,4 @@ if __name__ == "__main__":
     from tests.cdna import compiler  # the classes that are pickled must not be those of __main__
 
     compiler.main()
+    os._exit(0)  # Triton's bindings print pages of what they leak when Python shuts down

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
-from tests.cases import assert_right
-from tests.cdna.compiler import Compiler, Request
-from tests.cdna.shipped import MATRIX, Shipped, launch, on, plan, problem_of
+from mla_compile.kernels import decode
+from mla_compile.validate import validate
+from tests.cases import assert_right, outputs
+from tests.cdna.compiler import Compiler, Ran
+from tests.cdna.shipped import ARCHS, MATRIX, Shipped, launch, model, on, plan, problem_of
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +24,31 @@ def compiling(compiler: Compiler, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("shipped", MATRIX, ids=str)
 def test_a_shipped_binary_is_right(
-    shipped: Shipped, compiler: Compiler, runs: Counter[Request], compiling: None
+    shipped: Shipped, compiler: Compiler, runs: Counter[Ran], compiling: None
 ) -> None:
     problem = problem_of(shipped.case)
     with on(shipped, compiler, runs):
         out, lse = launch(problem)
+    assert_right(problem, out, lse)
+
+
+@pytest.mark.parametrize("pinned", ["", "portable"], ids=["table", "portable"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_cache_reaches_past_two_to_the_31_elements(
+    arch: str, pinned: str, compiler: Compiler, runs: Counter[Ran]
+) -> None:
+    """Its last slots are what the sequences own; all before was never touched, nor given memory."""
+    case = model("far", lens=(33, 5), num_kv_splits=1)
+    problem = problem_of(case)
+    q_nope, q_pe, kv_c, k_pe, scale = problem.args
+    slots = kv_c.shape[0]
+    before = 2**31 // 576 + 1
+    cache = torch.empty(before + slots, 1, 576, dtype=torch.bfloat16)
+    cache[before:, :, :512], cache[before:, :, 512:] = kv_c, k_pe
+    table = problem.options["kv_indices"]
+    options = {**problem.options, "kv_indices": torch.where(table < slots, table + before, table)}
+    out, lse = outputs(problem)
+    call = validate(q_nope, q_pe, cache[..., :512], cache[..., 512:], scale, **options)
+    with on(Shipped(arch, False, pinned, case), compiler, runs):
+        decode.launch(call, out, lse, 1)
     assert_right(problem, out, lse)

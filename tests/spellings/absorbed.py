@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.spellings.common import SCALE, Inputs, absorbed_scores, up, wide
+from tests.spellings.common import SCALE, Inputs, absorbed_scores, numbers, up, wide
 
 
 def deepseek_absorbed(x: Inputs) -> Tensor:
@@ -18,8 +18,8 @@ def deepseek_absorbed(x: Inputs) -> Tensor:
 
 
 def deepseek_absorbed_slices_a_larger_cache(x: Inputs) -> Tensor:
-    kv_cache = torch.zeros(5, 96, 32, dtype=x.kv_c.dtype)
-    pe_cache = torch.zeros(5, 96, 8, dtype=x.kv_c.dtype)
+    kv_cache = x.kv_c.new_zeros(5, 96, 32)
+    pe_cache = x.kv_c.new_zeros(5, 96, 8)
     B, Skv, _ = x.kv_c.shape
     kv_cache[:B, :Skv], pe_cache[:B, :Skv] = x.kv_c, x.k_pe
     return deepseek_absorbed(replace(x, kv_c=kv_cache[:B, :Skv], k_pe=pe_cache[:B, :Skv]))
@@ -66,7 +66,7 @@ def absorbed_flattened_heads(x: Inputs) -> Tensor:
     q = q.view(N, B, S, -1).permute(1, 2, 0, 3).reshape(B, S * N, -1)
     rope = torch.bmm(x.q_pe.reshape(B, S * N, -1), x.k_pe.transpose(1, 2))
     s = torch.baddbmm(rope, q, x.kv_c.transpose(1, 2), beta=SCALE, alpha=SCALE)
-    s = torch.where(x.visible[:, None], s, torch.full((), float("-inf"), dtype=s.dtype))
+    s = torch.where(x.visible[:, None], s, s.new_full((), float("-inf")))
     out = torch.bmm(torch.softmax(s, -1), x.kv_c).view(B, S, N, -1)
     return up(out, x)
 
@@ -149,16 +149,16 @@ def absorbed_keys_repeated_over_heads(x: Inputs) -> Tensor:
 def absorbed_causal_triangle(x: Inputs) -> Tensor:
     """The last queries of the cache, an additive triangle of -inf built in the step."""
     Sq, Skv = x.q_nope.shape[1], x.kv_c.shape[1]
-    past = torch.ones(Sq, Skv, dtype=torch.bool).tril(Skv - Sq)
-    bias = torch.zeros(Sq, Skv, dtype=x.kv_c.dtype).masked_fill(~past, float("-inf"))
+    past = x.keep.new_ones(Sq, Skv).tril(Skv - Sq)
+    bias = x.kv_c.new_zeros(Sq, Skv).masked_fill(~past, float("-inf"))
     return weighed(absorbed_scores(x) + bias[:, None], x)
 
 
 def absorbed_causal_positions(x: Inputs) -> Tensor:
     """Each sequence at its own position of a larger cache."""
     Sq, Skv = x.q_nope.shape[1], x.kv_c.shape[1]
-    position = (x.lens - Sq)[:, None] + torch.arange(Sq)
-    past = torch.arange(Skv) <= position[..., None]
+    position = (x.lens - Sq)[:, None] + torch.arange(Sq, device=x.lens.device)
+    past = torch.arange(Skv, device=x.lens.device) <= position[..., None]
     return weighed(absorbed_scores(x).masked_fill(~past[:, :, None], float("-inf")), x)
 
 
@@ -171,8 +171,8 @@ def absorbed_square_roots_of_the_scale(x: Inputs) -> Tensor:
 
 def absorbed_bias_of_every_head(x: Inputs) -> Tensor:
     """ALiBi: an additive mask with a head dimension."""
-    slopes = 0.5 ** torch.arange(1, x.N + 1, dtype=x.kv_c.dtype)
-    bias = slopes[:, None] * torch.arange(x.kv_c.shape[1], dtype=x.kv_c.dtype) / 8
+    slopes = 0.5 ** numbers(x)[1 : x.N + 1]
+    bias = slopes[:, None] * numbers(x) / 8
     return weighed(absorbed_scores(x) + bias, x)
 
 

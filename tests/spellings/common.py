@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,9 @@ class Inputs:
         def moved(t: Tensor) -> Tensor:
             return t.to(device, dtype if t.is_floating_point() else t.dtype)
 
-        tensors = {f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "P"}
+        tensors: dict[str, Any] = {
+            f.name: moved(getattr(self, f.name)) for f in fields(self) if f.name != "P"
+        }
         return replace(self, **tensors)
 
     def with_dynamic_sizes(self) -> Inputs:
@@ -68,7 +71,7 @@ class Inputs:
 
     @property
     def visible(self) -> Tensor:  # [B, Skv] bool
-        return torch.arange(self.kv_c.shape[1]) < self.lens[:, None]
+        return torch.arange(self.kv_c.shape[1], device=self.lens.device) < self.lens[:, None]
 
 
 def inputs(B: int = 3, Sq: int = 1, Skv: int = 48, N: int = 4, seed: int = 0) -> Inputs:
@@ -102,6 +105,11 @@ def absorbed_scores(x: Inputs) -> Tensor:
     q = torch.einsum("bshd,hdc->bshc", x.q_nope, x.W_UK)
     latent = torch.einsum("bshc,btc->bsht", q, x.kv_c)
     return (latent + torch.einsum("bshr,btr->bsht", x.q_pe, x.k_pe)) * SCALE
+
+
+def numbers(x: Inputs) -> Tensor:
+    """[Skv], the number of every cached token."""
+    return torch.arange(x.kv_c.shape[1], dtype=x.kv_c.dtype, device=x.kv_c.device)
 
 
 def wide(x: Tensor) -> Tensor:

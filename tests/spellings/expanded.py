@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.spellings.common import SCALE, Inputs, expand, wide
+from tests.spellings.common import SCALE, Inputs, expand, numbers, wide
 
 
 def expanded_eager(x: Inputs) -> Tensor:
@@ -28,7 +28,7 @@ def expanded_eager_additive_mask_input(x: Inputs) -> Tensor:
 def expanded_eager_length_mask(x: Inputs) -> Tensor:
     q, k, v = expand(x)
     low = torch.finfo(q.dtype).min
-    mask = torch.zeros((), dtype=q.dtype).masked_fill(~x.visible[:, None, None], low)
+    mask = q.new_zeros(()).masked_fill(~x.visible[:, None, None], low)
     s = torch.matmul(q, k.transpose(2, 3)) * SCALE + mask
     return torch.matmul(s.softmax(-1, dtype=torch.float32).to(q.dtype), v).transpose(1, 2)
 
@@ -86,8 +86,8 @@ def expanded_after_a_cache_append(x: Inputs) -> Tensor:
 
 def angles(x: Inputs, count: int) -> tuple[Tensor, Tensor]:
     """cos and sin [Skv, count] of every position."""
-    position = torch.arange(x.kv_c.shape[1], dtype=torch.float32)
-    angle = position[:, None] * 0.01 * torch.arange(1, count + 1)
+    position = numbers(x).float()
+    angle = position[:, None] * 0.01 * torch.arange(1, count + 1, device=position.device)
     return angle.cos().to(x.k_pe.dtype), angle.sin().to(x.k_pe.dtype)
 
 
@@ -159,8 +159,8 @@ def expanded_sdpa_additive_mask_input(x: Inputs) -> Tensor:
 
 def expanded_bias_of_every_head(x: Inputs) -> Tensor:
     q, k, v = expand(x)
-    slopes = 0.5 ** torch.arange(1, x.N + 1, dtype=q.dtype)
-    bias = slopes[:, None, None] * torch.arange(x.kv_c.shape[1], dtype=q.dtype) / 8
+    slopes = 0.5 ** numbers(x)[1 : x.N + 1]
+    bias = slopes[:, None, None] * numbers(x) / 8
     return (((q @ k.mT) * SCALE + bias).softmax(-1) @ v).transpose(1, 2)
 
 

@@ -55,7 +55,9 @@ def pages_expanded(x: Inputs) -> Tensor:
 
 def slots(x: Inputs) -> Tensor:
     """[B, Skv], where in the pool each token is."""
-    return (x.table[:, :, None] * 4 + torch.arange(4, dtype=torch.int32)).flatten(1)
+    return (
+        x.table[:, :, None] * 4 + torch.arange(4, dtype=torch.int32, device=x.table.device)
+    ).flatten(1)
 
 
 def tokens_by_slot(x: Inputs) -> Tensor:
@@ -92,8 +94,8 @@ def requests_by_slot_with_lse(x: Inputs) -> tuple[Tensor, Tensor]:
     """AITER's reference: slots of all requests in one index_select, split, causal, with the lse."""
     Sq, Skv = x.q_nope.shape[1], x.kv_c.shape[1]
     tokens = x.pool.view(-1, 1, 40).index_select(0, slots(x).flatten())
-    hidden = torch.ones(Sq, Skv, dtype=torch.bool).tril(Skv - Sq).logical_not()
-    bias = torch.zeros(Sq, Skv).masked_fill_(hidden, float("-inf"))
+    hidden = x.keep.new_ones(Sq, Skv).tril(Skv - Sq).logical_not()
+    bias = x.kv_c.new_zeros(Sq, Skv, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
     outs, lses = [], []
     for q, k in zip(latent_queries(x), tokens.split(Skv), strict=True):
         k = k.expand(-1, x.N, -1)

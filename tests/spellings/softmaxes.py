@@ -34,9 +34,9 @@ def softmax_with_the_sum_unsqueezed(x: Inputs) -> Tensor:
 
 def softmax_of_shifted_scores(x: Inputs) -> Tensor:
     """gpt-oss subtracts the maximum, then calls softmax, which does it again."""
-    s = scores(x)
+    s = absorbed_scores(x)
     s = s - s.max(dim=-1, keepdim=True).values
-    return up(weighed(s.softmax(-1), x), x)
+    return up(weighed(s.softmax(-1, dtype=torch.float32), x), x)
 
 
 def divided_after_the_values(x: Inputs) -> Tensor:
