@@ -76,7 +76,7 @@ def test_passes_is_not_importable_by_its_folder_name() -> None:
 
 
 def test_import_is_quick_and_touches_no_gpu_triton_or_compiler() -> None:
-    seconds = []
+    seconds: list[float] = []
     while not seconds or (min(seconds) >= 0.3 and len(seconds) < 5):  # machines have other work
         command = [sys.executable, "-c", COST]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

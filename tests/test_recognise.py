@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
 
+from mla_compile.passes.inductor import MLAPass
 from mla_compile.passes.site import Reason
 from tests.compiling import NAIVE, OP, Compiled
 from tests.negatives import NEGATIVES
@@ -21,6 +24,7 @@ from tests.spellings import (
     inputs,
     paged,
 )
+from tests.spellings.absorbed import deepseek_absorbed
 
 # Decode and two tokens at once, the three types, static and dynamic sizes.
 CASES = [
@@ -146,6 +150,29 @@ def test_two_attentions_share_their_expanded_keys() -> None:
     torch.testing.assert_close(compiled(x), two(x))
     assert compiled.misses == []
     assert compiled.count(OP) == 2
+
+
+@torch.no_grad()
+def test_a_size_asked_of_the_probabilities_is_asked_of_an_input() -> None:
+    """As where the graph's symbols are no inputs of their own: under torch.export, for one."""
+    x = inputs()
+
+    class Decode(torch.nn.Module):
+        def forward(self, kv_c: Tensor, k_pe: Tensor) -> Tensor:
+            return deepseek_absorbed(replace(x, kv_c=kv_c, k_pe=k_pe))
+
+    tokens = {1: torch.export.Dim("Skv", min=8, max=1024)}
+    exported = torch.export.export(Decode(), (x.kv_c, x.k_pe), dynamic_shapes=(tokens, tokens))
+    graph = exported.run_decompositions(select_decomp_table()).graph
+    probabilities = next(n for n in graph.nodes if n.target is torch.ops.aten.div.Tensor)
+    with graph.inserting_after(probabilities):
+        size = graph.call_function(torch.ops.aten.sym_size.int, (probabilities, 3))
+    size.meta["val"] = probabilities.meta["val"].shape[3]
+    output = graph.output_node()
+    output.args = ([*output.args[0], size],)
+    MLAPass(strict=True)(graph)
+    assert [n.target for n in graph.nodes].count(OP) == 1
+    assert not NAIVE & {n.target for n in graph.nodes}
 
 
 @torch.no_grad()

@@ -122,13 +122,13 @@ GLUON: dict[str, tuple[Config, ...]] = {
     ),
 }
 
-# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value: 64 rows spill 146
-# registers to memory at 32 keys, none at 16.
+# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value; at 32 keys a tile of
+# 64 rows spills 146 registers to memory, at 16 none.
 _GFX942_BYTE = (
     _GFX942[0],
     Config(block_m=64, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
 )
-BYTE = {"gfx942": _GFX942_BYTE, "gfx942-3.7": _GFX942_BYTE}
+BYTE = dict.fromkeys(("gfx942", "gfx942-3.7", "gfx942-3.6"), _GFX942_BYTE)
 
 # fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it.
 FULL: dict[str, tuple[Config, ...]] = {
