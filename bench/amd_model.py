@@ -316,6 +316,7 @@ def main() -> None:
         origin = provenance(torch.device("cpu"), args.commit)
         origin["device"] = "modelled, not measured"
         write(args.out, "amd-model", [r | origin for r in rows])
+        write(args.out.with_name("amd-calibration.csv"), "amd-calibration", known)
 
 
 if __name__ == "__main__":

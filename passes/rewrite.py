@@ -205,7 +205,8 @@ class Emitter:
             return (bias if keep is None else keep), fill
         wide = torch.promote_types(bias.dtype, torch.float32)
         lowest = fill if fill == float("-inf") else max(fill, torch.finfo(wide).min)
-        return torch.where(keep, bias.to(wide), lowest), float("-inf")
+        hidden = bias.new_full((), lowest, dtype=wide)
+        return torch.where(keep, bias.to(wide), hidden), float("-inf")
 
     def seq_lens(self, site: MLASite) -> Tensor | None:
         if site.lengths is None and site.paging is None:
