@@ -69,6 +69,7 @@ def compile_split(arch: str, config: Config, types: dict[str, str], page_size: i
         "CAUSAL": False,
         "MASK_ROWS": False,
         "SPLIT": types["out_ptr"] == "*fp32",
+        "ALIKE": True,
         "RELOAD_V": config.reload_v,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

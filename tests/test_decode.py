@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mla_compile.kernels.config import FALLBACK, FULL, HALF, Config, workspace_numel
-from mla_compile.kernels.decode import launch
+from mla_compile.kernels.config import FALLBACK, FULL, GLUON, HALF, Config, workspace_numel
+from mla_compile.kernels.decode import _device, launch
 from mla_compile.validate import validate
 from tests.cases import CASES, Case, Problem, assert_right, build, outputs
 
@@ -43,6 +43,36 @@ def run(problem: Problem, device: str, config: Config | None = None) -> tuple[Te
 def test_matches_naive_pytorch(device: str, case: Case) -> None:
     problem = build(case)
     assert_right(problem, *run(problem, device))
+
+
+# What the Gluon kernels serve, at the only dims they have, and long enough for their pipelines.
+LONG = (4096, 1, 0, 63, 64, 65, 128, 129, 1000, 0, 2047)
+GLUON_CASES = [
+    *[
+        dataclasses.replace(case, Lkv=512, R=64)
+        for case in CASES
+        if (case.Lkv, case.R, case.dtype.itemsize, case.cache_dtype) == (32, 16, 2, None)
+        and not (case.mask or case.logit_cap or case.scaled)
+    ],
+    *[
+        Case(f"long, {N} heads, {splits} splits", LONG, 1, N, 512, 64, num_kv_splits=splits)
+        for N in (16, 63, 64, 128)
+        for splits in (1, 5)
+    ],
+    Case("long, three tokens of 128 heads", LONG, 3, 128, 512, 64, page_size=64),
+    Case("long, four tokens of 16 heads", LONG, 4, 16, 512, 64, num_kv_splits=2),
+    Case("long, fp16", LONG, 1, 128, 512, 64, torch.float16, page_size=1),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GLUON_CASES, ids=str)
+def test_gluon_matches_naive_pytorch(case: Case) -> None:
+    arch, _ = _device(torch.device("cuda", 0))
+    if arch not in GLUON:
+        pytest.skip(f"no Gluon kernel for {arch}")
+    problem = build(case)
+    assert_right(problem, *run(problem, "cuda", GLUON[arch][-1]))
 
 
 SHIPPED = {

@@ -1,1 +1,1 @@
-"""Stage 1: `split` in portable Triton, `cdna3` and `cdna4` in Gluon. Stage 2: `combine`."""
+"""Stage 1: `split` in portable Triton, `cdna3`, `cdna4`, `sm90` in Gluon. Stage 2: `combine`."""

@@ -69,12 +69,19 @@ def claim(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """This program's block and keys; hi <= lo where there is nothing to attend to."""
+    """This program's block and keys."""
     # Programs are dealt to the XCDs in turn; what shares keys is to share an L2.
     pid = gl.program_id(0)
     xcd = pid % XCDS
     pid = xcd * (num_programs // XCDS) + gl.minimum(xcd, num_programs % XCDS) + pid // XCDS
+    lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
+    return item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N)
 
+
+@gluon.jit
+def item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N: gl.constexpr):
+    """Block and keys number `pid`; hi <= lo where there is nothing to attend to."""
+    starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size = lengths
     row_blocks = gl.cdiv(max_seqlen_q * N, BLOCK_M)
     row = pid % row_blocks * BLOCK_M
     split = pid // row_blocks % num_splits
@@ -129,10 +136,16 @@ def load_query(ptr, block, stride_t, stride_n, N, BLOCK_M, WIDTH, LAYOUT: gl.con
 
 
 @gluon.jit
-def look_up(table_ptr, start, hi, PAGE_SIZE, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """`at` of the tile at `start`; keys past the end repeat the last."""
+def positions(start, hi, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Those of the keys of the tile at `start`; keys past the end repeat the last."""
     pos = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT))
-    pos = gl.minimum(pos, hi - 1).to(gl.uint32)  # unsigned: // and % are one instruction each
+    return gl.minimum(pos, hi - 1).to(gl.uint32)  # unsigned: // and % are one instruction each
+
+
+@gluon.jit
+def look_up(table_ptr, start, hi, PAGE_SIZE, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """`at` of the tile at `start`."""
+    pos = positions(start, hi, BLOCK_N, LAYOUT)
     if PAGE_SIZE == 0:
         entries = pos
     elif PAGE_SIZE == 1:
@@ -145,8 +158,8 @@ def look_up(table_ptr, start, hi, PAGE_SIZE, BLOCK_N: gl.constexpr, LAYOUT: gl.c
 
 
 @gluon.jit
-def tile_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE, WIDTH, LAYOUT: gl.constexpr):
-    """[BLOCK_N, WIDTH] pointers."""
+def keys_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE):
+    """[BLOCK_N] pointers."""
     pos, entries = at
     if PAGE_SIZE == 0:
         rows = b * stride_p + pos.to(gl.int64) * stride_s
@@ -154,8 +167,14 @@ def tile_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE, WIDTH, LAYOUT: gl.constex
         rows = entries.to(gl.int64) * stride_p
     else:
         rows = entries.to(gl.int64) * stride_p + (pos % PAGE_SIZE).to(gl.int64) * stride_s
+    return ptr + rows
+
+
+@gluon.jit
+def tile_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE, WIDTH, LAYOUT: gl.constexpr):
+    """[BLOCK_N, WIDTH] pointers."""
     cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-    return ptr + rows[:, None] + cols[None, :]
+    return keys_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE)[:, None] + cols[None, :]
 
 
 @gluon.jit
@@ -186,7 +205,7 @@ def store_out(ptr, out, block, strides, N, BLOCK_M, LAYOUT: gl.constexpr):
     token, head = rows_of(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     rows = (block[1] + token) * strides[0] + head.to(gl.int64) * strides[1]
     rows += block[3].to(gl.int64) * strides[2]
-    cols = gl.arange(0, LKV, layout=gl.SliceLayout(0, LAYOUT))
+    cols = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     mine = owned(block, N, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     gl.store(ptr + rows[:, None] + cols[None, :], out.to(ptr.dtype.element_ty), mask=mine[:, None])
 

@@ -17,10 +17,12 @@ class Config:
     block_n: int  # keys of a tile
     num_warps: int
     num_stages: int = 1
-    kernel: str = "portable"  # or "cdna3", "cdna4"
+    kernel: str = "portable"  # or "cdna3", "cdna4", "sm90"
     per_unit: int = 1  # programs a compute unit holds at once
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
     combine: float = 1 / 60  # tile-times of a program's partials, written and read back
+    persistent: bool = False  # as many programs as units, each taking one item after another
+    least: tuple[int, int] = (0, 0)  # not for so few rows with fewer keys than that in the batch
     table_stage: bool = False  # a stage is for the page table: without one, one stage less
     reload_v: bool = False  # load the K_c tile a second time as V
     options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
@@ -90,6 +92,19 @@ _CDNA3_16 = Config(
 )
 _CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 290, combine=1 / 160)
 GLUON: dict[str, tuple[Config, ...]] = {
+    "sm90": (
+        Config(
+            block_m=64,
+            block_n=64,
+            num_warps=4,
+            kernel="sm90",
+            # 549-565 TF/s where the portable kernel has 245; 520-542 with the L2 flushed.
+            persistent=True,
+            # 16 heads: 13.4-17.1 µs where the portable kernel takes 13.2-15.0; from here on less.
+            least=(16, 8192),
+            options=_FUSED,
+        ),
+    ),
     "gfx942": (
         # 4.4 K clocks for three programs at once, 91 a key; 32 keys of 4 waves 110 a key.
         replace(_CDNA3_16, per_unit=3, options=_ILP),
@@ -142,7 +157,7 @@ FALLBACK = (Config(block_m=16, block_n=16, num_warps=4, num_stages=1),)
 def tuned_arch(arch: str, triton_version: str) -> str:
     """The key of the tables above."""
     version = tuple(map(int, triton_version.split(".")[:2]))
-    if arch not in GLUON or version >= (3, 8):
+    if f"{arch}-3.7" not in GLUON or version >= (3, 8):
         return arch
     return f"{arch}-{'3.7' if version == (3, 7) else '3.6'}"
 
@@ -165,10 +180,15 @@ def choose(
     R: int,
     q_bytes: int,
     kv_bytes: int,
+    keys: int | None = None,
     rare: str = "",
     pinned: str | None = None,
 ) -> tuple[Config, str]:
-    """The config of a call, and why. `rare` names a feature that only the portable kernel has."""
+    """The config of a call, and why.
+
+    `keys` are those of the batch, if known. `rare` names a feature that only the portable kernel
+    has.
+    """
     table = GLUON.get(arch, ())
     missing = uncovered(Lkv=Lkv, R=R, q_bytes=q_bytes, kv_bytes=kv_bytes, rare=rare)
     if pinned and pinned not in {"portable", *(c.kernel for c in table)}:
@@ -179,7 +199,10 @@ def choose(
         refuse("MLA_COMPILE_KERNEL", f"a kernel that has {missing}", pinned, remedy)
     if table and not missing and pinned != "portable":
         config = _fitting(table, rows)
-        return config, "pinned" if pinned else f"the table of {arch}"
+        few = keys is not None and keys < config.least[1] and rows <= config.least[0]
+        if pinned or not few:
+            return config, "pinned" if pinned else f"the table of {arch}"
+        missing = f"speed below {config.least[1]} keys"
     config = pick(arch, rows=rows, Lkv=Lkv, q_bytes=q_bytes, kv_bytes=kv_bytes)
     if pinned:
         return config, "pinned"

@@ -186,6 +186,7 @@ def configure(call: Call) -> tuple[Config, str]:
         R=dims.R,
         q_bytes=call.q_nope.element_size(),
         kv_bytes=call.cache.kv_c.element_size(),
+        keys=dims.B * call.cache.typical_len,
         rare=_rare(call),
     )
 
@@ -211,9 +212,11 @@ def make_plan(
         tiles = -(-cache.typical_len // config.block_n)
         at_once = units * config.per_unit
         splits = num_splits(dims.B * row_blocks, tiles, at_once, config.stream, config.combine)
-    grid = (row_blocks * splits * dims.B, 1, 1)
+    items = row_blocks * splits * dims.B
+    programs = min(items, units) if config.persistent else items
     if splits == 1:
-        return Plan(_split(call, config, grid, 1, (*out_strides[:2], 0)), None, 0, 0)
+        stage1 = _split(call, config, (programs, items), 1, (*out_strides[:2], 0))
+        return Plan(stage1, None, 0, 0)
 
     needed = workspace_numel(dims, splits)
     if workspace is not None and workspace.numel() < needed:
@@ -236,13 +239,14 @@ def make_plan(
         num_warps=4,
     )
     part_ml = rows * splits * dims.Lkv
-    return Plan(_split(call, config, grid, splits, strides), combine, part_ml, needed)
+    stage1 = _split(call, config, (programs, items), splits, strides)
+    return Plan(stage1, combine, part_ml, needed)
 
 
 def _rare(call: Call) -> str:
     """The first feature of a call that the Gluon kernels lack."""
     inputs = (call.q_nope, call.q_pe, call.cache.kv_c, call.cache.k_pe)
-    # Direct-to-LDS loads take 16 bytes a lane, which Triton must be able to prove.
+    # Direct loads to LDS or shared memory take 16 bytes a lane, which Triton must be able to prove.
     aligned = all(
         t.data_ptr() % 16 == 0 and not any(s % 16 for s in t.stride()[:2]) for t in inputs
     )
@@ -265,13 +269,17 @@ def _stage1(kernel: str) -> Any:
         from mla_compile.kernels.cdna4 import cdna4_kernel
 
         return cdna4_kernel
+    if kernel == "sm90":
+        from mla_compile.kernels.sm90 import sm90_kernel
+
+        return sm90_kernel
     return split_kernel
 
 
 def _split(
     call: Call,
     config: Config,
-    grid: tuple[int, int, int],
+    work: tuple[int, int],  # programs, and the items they share
     splits: int,
     out_strides: tuple[int, ...],
 ) -> Launch:
@@ -286,7 +294,7 @@ def _split(
         mask_rows = varies or call.causal
     return Launch(
         _stage1(config.kernel),
-        grid,
+        (work[0], 1, 1),
         {
             "sm_scale": call.sm_scale,
             "logit_cap": call.logit_cap if call.logit_cap > 0 else None,
@@ -294,7 +302,8 @@ def _split(
             "max_seqlen_q": dims.Sq,
             "page_size": cache.page_size,
             "num_splits": splits,
-            "num_programs": grid[0],
+            "num_programs": work[0],
+            "num_items": work[1],
             "mask_columns": mask_columns,
             "stride_qt": call.q_nope.stride(0),
             "stride_qn": call.q_nope.stride(1),
@@ -319,6 +328,7 @@ def _split(
             "CAUSAL": call.causal,
             "MASK_ROWS": mask_rows,
             "SPLIT": splits > 1,
+            "ALIKE": cache.kv_c.stride()[:2] == cache.k_pe.stride()[:2],
             "RELOAD_V": config.reload_v,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

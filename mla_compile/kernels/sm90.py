@@ -1,0 +1,398 @@
+"""Stage 1 for Hopper (sm90): four warpgroups, each with one job.
+
+    scores   S = Q · Kᵀ and its softmax; hands P and the fading of each row on in shared memory
+    values   two of them: acc = acc · fade + P · V, each for half of the columns
+    gather   copies keys from wherever their pages lie, a tile or two ahead
+
+They compute what `split` does and write the same out, m and l, for the common case alone:
+`config.uncovered` is the list of what they leave to it. A tile of keys lies in shared memory once:
+transposed it is K, as it lies it is V. Its columns arrive and are released in three parts, as the
+warpgroups need them. A CTA works through items (row block, split, sequence) one after another, so
+that the keys of the next are on their way while the last is written out.
+
+A row's m moves only when its scores outgrow it by 2^8: `fade` is 1 nearly always, and a warp whose
+rows all keep theirs multiplies nothing.
+
+No wgmma may be in flight where a loop begins again: ptxas would serialise every one of them.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+import mla_compile.kernels.cdna as cdna
+from mla_compile.kernels.cdna import LOG2E, R
+
+# Triton 3.6 has it by its first name alone.
+copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+ROWS: gl.constexpr = gl.constexpr(64)  # of a block, what one wgmma has
+KEYS: gl.constexpr = gl.constexpr(64)  # of a tile
+HALF: gl.constexpr = gl.constexpr(256)  # columns of V of a warpgroup: 128 registers a thread
+PART: gl.constexpr = gl.constexpr(128)  # columns of V of one wgmma; 256 do not fit 128 registers
+# Tiles in shared memory: 225 of its 227 KB. The left half is wanted earlier by half a tile-time.
+LEFT: gl.constexpr = gl.constexpr(3)
+RIGHT: gl.constexpr = gl.constexpr(2)
+LAG: gl.constexpr = gl.constexpr(8.0)  # powers of two by which scores may outgrow m
+UNSEEN: gl.constexpr = gl.constexpr(-1e30)  # m before the first key: finite, for -inf - -inf is NaN
+# Registers a thread of values, values and gather; scores has what is left of 512: 168.
+REGISTERS: gl.constexpr = gl.constexpr([160, 160, 24])
+
+
+def _fade_asm(n):
+    """Multiply n accumulators unless both factors are 1 in all lanes of the warp.
+
+    A lane's accumulators belong to two rows: of each four, two to the first, two to the second.
+    """
+    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return (
+        f"{{ .reg .pred p; setp.neu.f32 p, ${2 * n}, 0f3F800000; "
+        f"setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p; "
+        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra SKIP; {multiply} SKIP: }}"
+    )
+
+
+FADED: gl.constexpr = gl.constexpr(32)  # accumulators an asm statement takes
+FADE_ASM: gl.constexpr = gl.constexpr(_fade_asm(32))
+FADE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [*map(str, range(32))] + ["f"] * 32))
+
+
+@gluon.constexpr_function
+def gather_layout():
+    """[KEYS, columns] in pieces of 128 bytes, 16 a lane: what the swizzled tile has as one row."""
+    return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _turn(g, COUNT: gl.constexpr):
+    """Which of COUNT buffers step g takes, and the phase of its barriers."""
+    g = g.to(gl.uint32)  # signed division by 2 costs registers
+    return (g % COUNT).to(gl.int32), (g // COUNT & 1).to(gl.int32)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _fade(acc, factor):
+    acc, factor = gl.broadcast(acc, factor[:, None])
+    return gl.inline_asm_elementwise(
+        FADE_ASM, FADE_TIES, [acc, factor], dtype=gl.float32, is_pure=True, pack=FADED
+    )
+
+
+@gluon.jit
+def _copy(tile, rows, LAYOUT: gl.constexpr):
+    """From pointers to rows."""
+    cols = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    copy(tile, rows[:, None] + cols[None, :])
+
+
+@gluon.jit
+def _fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr):
+    s, phase = _turn(g, LEFT)
+    mbarrier.wait(left_empty.index(s), phase ^ 1)
+    _copy(left.index(s), rows, LAYOUT)
+    async_copy.mbarrier_arrive(left_full.index(s), increment_count=False)
+
+
+@gluon.jit
+def _gather(work, CALL, caches, strides, tiles, full, empty, ALIKE: gl.constexpr):
+    C: gl.constexpr = gather_layout()
+    PAGE_SIZE: gl.constexpr = CALL[1]
+    num_items, num_splits, lengths = work
+    kv_c_ptr, k_pe_ptr, table_ptr = caches
+    stride_cp, stride_cs, stride_kp, stride_ks, stride_table = strides
+    left, right, last, rope = tiles
+    # In elements, 8 at a time. A second set of pointers does not fit into 24 registers.
+    apart = (k_pe_ptr.to(gl.int64) - kv_c_ptr.to(gl.int64)) // 16 * 8
+    g = 0
+    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        _, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
+        lo, hi, _, b, entry = keys
+        table = table_ptr
+        if PAGE_SIZE > 0:
+            table += b * stride_table if lengths[0] is None else entry
+        if lo < hi:
+            at = cdna.look_up(table, lo, hi, PAGE_SIZE, KEYS, C)
+            entries = at[1]
+            rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
+            _fetch_left(rows, left, full[0], empty[0], g, C)
+            for start in range(lo, hi, KEYS):
+                s, phase = _turn(g, RIGHT)
+                then = start + KEYS
+                at_then = cdna.look_up(table, then, hi, PAGE_SIZE, KEYS, C)
+                mbarrier.wait(empty[1].index(s), phase ^ 1)
+                _copy(right.index(s), rows + HALF, C)
+                async_copy.mbarrier_arrive(full[1].index(s), increment_count=False)
+                mbarrier.wait(empty[2].index(s), phase ^ 1)
+                _copy(last.index(s), rows + (HALF + PART), C)
+                if ALIKE:
+                    rows += apart
+                else:
+                    at = cdna.positions(start, hi, KEYS, C), entries
+                    rows = cdna.keys_at(k_pe_ptr, at, b, stride_kp, stride_ks, PAGE_SIZE)
+                _copy(rope.index(s), rows, C)
+                async_copy.mbarrier_arrive(full[2].index(s), increment_count=False)
+                entries = at_then[1]
+                at = cdna.positions(then, hi, KEYS, C), entries
+                rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
+                g += 1
+                if then < hi:
+                    _fetch_left(rows, left, full[0], empty[0], g, C)
+
+
+@gluon.jit
+def _score_left(acc, q, left, left_full, g):
+    s, phase = _turn(g, LEFT)
+    mbarrier.wait(left_full.index(s), phase)
+    fence_async_shared()
+    k = left.index(s).permute((1, 0))
+    return warpgroup_mma(q, k, acc, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _score_right(acc, q, tiles, full, g):
+    q_right, q_last, q_pe = q
+    _, right, last, rope = tiles
+    _, right_full, last_full = full
+    s, phase = _turn(g, RIGHT)
+    mbarrier.wait(right_full.index(s), phase)
+    fence_async_shared()
+    acc = warpgroup_mma(q_right, right.index(s).permute((1, 0)), acc, is_async=True)
+    mbarrier.wait(last_full.index(s), phase)
+    fence_async_shared()
+    acc = warpgroup_mma(q_last, last.index(s).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma(q_pe, rope.index(s).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
+    """One online step in powers of two. P is handed on as soon as it is there, summed later."""
+    top = gl.max(s, 1)
+    m_new = gl.where(top > m_i + LAG, top, m_i)
+    fade = _exp2(m_i - m_new)
+    p = _exp2(s - m_new[:, None])
+    mbarrier.wait(p_empty, (g & 1) ^ 1)
+    p_smem.store(p.to(p_smem.dtype))
+    fade_smem.store(fade)
+    fence_async_shared()
+    mbarrier.arrive(p_full, count=1)
+    return m_new, l_i * fade, p
+
+
+@gluon.jit
+def _scores(work, CALL, queries, strides, scale, lse_ptr, tiles, full, shared, SPLIT):
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    C: gl.constexpr = gather_layout()
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    N: gl.constexpr = CALL[0]
+    CAUSAL: gl.constexpr = CALL[2]
+    # With whole blocks of one token's heads, `hi` is where the causal diagonal passes.
+    DIAGONAL: gl.constexpr = CAUSAL and N % ROWS != 0
+    num_items, num_splits, lengths = work
+    q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem = queries
+    stride_qt, stride_qn, stride_pt, stride_pn = strides
+    p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
+    g = 0
+    turn = 0
+    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        block, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
+        lo, hi, _, _, _ = keys
+        m_i = gl.full([ROWS], UNSEEN, gl.float32, ROW)
+        l_i = gl.zeros([ROWS], gl.float32, ROW)
+        if lo < hi:
+            token, head = cdna.rows_of(block, N, ROWS, gl.SliceLayout(1, C))
+            query = block[1] + token
+            head = head.to(gl.int64)
+            _copy(q_smem, q_nope_ptr + (query * stride_qt + head * stride_qn), C)
+            _copy(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C)
+            async_copy.commit_group()
+            q_right = cdna.load_query(
+                q_nope_ptr + HALF, block, stride_qt, stride_qn, N, ROWS, PART, Q
+            )
+            q_last = cdna.load_query(
+                q_nope_ptr + HALF + PART, block, stride_qt, stride_qn, N, ROWS, PART, Q
+            )
+            q = (q_right, q_last, q_pe_smem)
+            async_copy.wait_group(0)
+            fence_async_shared()
+
+            acc = gl.zeros([ROWS, KEYS], gl.float32, S)
+            acc = _score_left(acc, q_smem, tiles[0], full[0], g)
+            acc = _score_right(acc, q, tiles, full, g)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            end = lo + (hi - 1 - lo) // KEYS * KEYS  # where the last tile starts
+            for start in range(lo, end, KEYS):
+                s = acc * scale
+                acc = _score_left(acc, q_smem, tiles[0], full[0], g + 1)
+                if DIAGONAL:
+                    s = cdna.hide(s, start, block, keys, N, CAUSAL, ROWS, KEYS, S)
+                m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
+                acc = _score_right(acc, q, tiles, full, g + 1)
+                l_i += gl.sum(p, 1)
+                g += 1
+                acc = warpgroup_mma_wait(0, deps=[acc])
+            s = cdna.hide(acc * scale, end, block, keys, N, DIAGONAL, ROWS, KEYS, S)
+            m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
+            l_i += gl.sum(p, 1)
+            g += 1
+            sum_smem.index(turn & 1).store(l_i)
+            mbarrier.arrive(sum_full.index(turn & 1), count=1)
+            turn += 1
+        m_i = gl.where(l_i > 0, m_i, float("-inf"))
+        cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, ROWS, ROW)
+
+
+@gluon.jit
+def _values(work, CALL, out_ptr, strides, v, v_empty, shared, STAGES, WHOLE: gl.constexpr):
+    """Two accumulators of PART columns. WHOLE: both have their V in one tile, released at once."""
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, A)
+    N: gl.constexpr = CALL[0]
+    num_items, num_splits, lengths = work
+    p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
+    g = 0
+    turn = 0
+    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        block, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
+        lo, hi, _, _, _ = keys
+        acc0 = gl.zeros([ROWS, PART], gl.float32, A)
+        acc1 = gl.zeros([ROWS, PART], gl.float32, A)
+        for _ in range(lo, hi, KEYS):
+            s, _ = _turn(g, STAGES)
+            mbarrier.wait(p_full, g & 1)
+            fade = fade_smem.load(ROW)
+            acc0 = _fade(acc0, fade)
+            acc1 = _fade(acc1, fade)
+            v0, v1 = v[0].index(s), v[1].index(s)
+            if WHOLE:
+                v0, v1 = v0.slice(0, PART, dim=1), v1.slice(PART, PART, dim=1)
+            acc0 = warpgroup_mma(p_smem, v0, acc0, is_async=True)
+            acc1 = warpgroup_mma(p_smem, v1, acc1, is_async=True)
+            if WHOLE:
+                acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
+            else:
+                acc0 = warpgroup_mma_wait(1, deps=[acc0])
+                mbarrier.arrive(v_empty[0].index(s), count=1)
+                acc1 = warpgroup_mma_wait(0, deps=[acc1])
+            mbarrier.arrive(v_empty[1].index(s), count=1)
+            mbarrier.arrive(p_empty, count=1)
+            g += 1
+        if lo < hi:
+            mbarrier.wait(sum_full.index(turn & 1), turn >> 1 & 1)
+            l_i = sum_smem.index(turn & 1).load(ROW)
+            scale = 1.0 / gl.where(l_i > 0, l_i, 1.0)
+            acc0 *= scale[:, None]
+            acc1 *= scale[:, None]
+            turn += 1
+        cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
+        cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, arrivals):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
+
+
+@gluon.jit(do_not_specialize=["page_size", "num_splits", "num_items", "stride_table"])
+def sm90_kernel(
+    q_nope_ptr,  # [T, N, LKV]
+    q_pe_ptr,  # [T, N, R]
+    kv_c_ptr,  # [pages, page_size, LKV]
+    k_pe_ptr,  # [pages, page_size, R]
+    out_ptr,  # [T, N, LKV], or fp32 [T, N, num_splits, LKV] if SPLIT
+    lse_ptr,  # [T, N], or (m, l) as [T, N, num_splits, 2] if SPLIT
+    table_ptr,  # None: sequence b owns page b
+    starts_ptr,  # [B+1] of a CSR table, else None
+    lens_ptr,  # [B], or None: page_size tokens each
+    qo_indptr_ptr,  # [B+1], or None: max_seqlen_q tokens each
+    mask_ptr,  # None, as the scales: a call with one goes to `split`
+    q_scale_ptr,
+    k_scale_ptr,
+    sm_scale,
+    max_seqlen_q,
+    page_size,
+    num_splits,
+    num_items,
+    stride_qt,
+    stride_qn,
+    stride_pt,
+    stride_pn,
+    stride_cp,
+    stride_cs,
+    stride_kp,
+    stride_ks,
+    stride_ot,
+    stride_on,
+    stride_os,
+    stride_table,
+    N: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,  # page_size, or 0 where no table is read
+    CAUSAL: gl.constexpr,
+    SPLIT: gl.constexpr,  # the KV is split: write what `combine` merges
+    ALIKE: gl.constexpr,  # kv_c and k_pe have the same strides
+):
+    DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_smem = gl.allocate_shared_memory(DTYPE, [ROWS, HALF], TILE)
+    q_pe_smem = gl.allocate_shared_memory(DTYPE, [ROWS, R], TILE)
+    left = gl.allocate_shared_memory(DTYPE, [LEFT, KEYS, HALF], TILE)
+    right = gl.allocate_shared_memory(DTYPE, [RIGHT, KEYS, PART], TILE)
+    last = gl.allocate_shared_memory(DTYPE, [RIGHT, KEYS, PART], TILE)
+    rope = gl.allocate_shared_memory(DTYPE, [RIGHT, KEYS, R], TILE)
+    p_smem = gl.allocate_shared_memory(DTYPE, [ROWS, KEYS], TILE)
+    fade_smem = gl.allocate_shared_memory(gl.float32, [ROWS], FLAT)
+    sum_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
+
+    left_full = _barriers(LEFT, 128)  # each thread of `gather` arrives
+    left_empty = _barriers(LEFT, 1)
+    right_full = _barriers(RIGHT, 128)
+    right_empty = _barriers(RIGHT, 1)
+    last_full = _barriers(RIGHT, 128)
+    last_empty = _barriers(RIGHT, 1)
+    p_full = _barriers(1, 1).index(0)
+    p_empty = _barriers(1, 2).index(0)  # both `values`
+    sum_full = _barriers(2, 1)
+
+    caches = (kv_c_ptr, k_pe_ptr, table_ptr)
+    cache_strides = (stride_cp, stride_cs, stride_kp, stride_ks, stride_table)
+    queries = (q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem)
+    q_strides = (stride_qt, stride_qn, stride_pt, stride_pn)
+    out_strides = (stride_ot, stride_on, stride_os)
+    lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
+    work = (num_items, num_splits, lengths)
+    tiles = (left, right, last, rope)
+    full = (left_full, right_full, last_full)
+    empty = (left_empty, right_empty, last_empty)
+    near = (left, left), (left_empty, left_empty)
+    far = (right, last), (right_empty, last_empty)
+    shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full)
+    scale = sm_scale * LOG2E
+    out_right = out_ptr + HALF
+    CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL)
+    gl.warp_specialize(
+        [
+            (_scores, (work, CALL, queries, q_strides, scale, lse_ptr, tiles, full, shared, SPLIT)),
+            (_values, (work, CALL, out_ptr, out_strides, near[0], near[1], shared, LEFT, True)),
+            (_values, (work, CALL, out_right, out_strides, far[0], far[1], shared, RIGHT, False)),
+            (_gather, (work, CALL, caches, cache_strides, tiles, full, empty, ALIKE)),
+        ],
+        [4, 4, 4],
+        REGISTERS,
+    )
