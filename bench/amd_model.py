@@ -175,7 +175,7 @@ class Recorded(Emulated):
     ) -> None:
         with watching() as traffic:
             super()._launch(grid, arguments, options)
-        binary = self.compiler.submit(next(iter(self.runs))).result()
+        binary = self.compiler.submit(self.request(arguments, options)).result()
         gpu, kernel = GPUS[self.arch], parse(binary.asm)
         values = dict(zip(self.arg_names, arguments, strict=False)) | options
         if "BLOCK_M" in values:
@@ -316,6 +316,7 @@ def main() -> None:
         origin = provenance(torch.device("cpu"), args.commit)
         origin["device"] = "modelled, not measured"
         write(args.out, "amd-model", [r | origin for r in rows])
+        write(args.out.with_name("amd-calibration.csv"), "amd-calibration", known)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Does it pay to move W_UK to the query and W_UV to the output?
 
 Counted in multiply-adds per head of one sequence.  Expanded, every cached token is multiplied by
-W_UK [Lkv, P] and W_UV [Lkv, V] and attended to over P + R and V; absorbed, every query is multiplied,
-and cached tokens are attended to over Lkv + R and Lkv.
+W_UK [Lkv, P] and W_UV [Lkv, V] and attended to over P + R and V; absorbed, every query is, and
+cached tokens are attended to over Lkv + R and Lkv.
 """
 
 from __future__ import annotations

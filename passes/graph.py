@@ -63,7 +63,7 @@ def readers(node: Node) -> list[Node]:
 
 
 def measure_inputs(graph: Graph) -> None:
-    """Ask the graph's inputs for the sizes that they have, so that no intermediate is kept for it."""
+    """Ask the graph's inputs for the sizes that they have: nothing is kept for its size alone."""
     measured: dict[Any, tuple[Node, int]] = {}
     for node in graph.find_nodes(op="placeholder"):
         for dim, n in enumerate(shape(node) if is_tensor(node) else ()):

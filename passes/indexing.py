@@ -135,7 +135,7 @@ def outermost(entry: Entry) -> tuple[Digit, Size]:
 
 
 def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | None:
-    """The index into shape `old` that reads what `index` reads in the reshaped `new`, if there is one."""
+    """The index into shape `old` that reads what `index` reads in the reshaped `new`, or None."""
     digits = [d for entry in index for d in entry if not equal(d.base, 1)]
     entries: list[Entry] = []
     for size in reversed(list(old)):

@@ -42,7 +42,7 @@ AND = {
 
 
 def conjuncts(mask: Mask) -> Iterator[Mask]:
-    """Masks that hide together what `mask` hides, where its fill hides beyond the reach of any score."""
+    """Masks that together hide what `mask` hides, if its fill is beyond the reach of any score."""
     node, index = mask.leaf.node, mask.leaf.index
     negated = node.target in NOT
     splits = negated or node.target in AND[mask.keep]
@@ -114,7 +114,7 @@ def affine(value: Any, index: Index, time: tuple[Label, ...]) -> Affine | None:
 
 
 def check_masks(masks: tuple[Mask, ...], node: Node) -> None:
-    """Masks compose if at most one is there, or if each boolean one hides beyond the reach of any score."""
+    """Several masks compose if each boolean one hides beyond the reach of any score."""
     fills = {m.fill for m in masks if m.fill is not None}
     if len(masks) > 1 and (len(fills) > 1 or any(f > ABSORBING for f in fills)):
         raise Refusal(Reason.MASK, f"{len(masks)} masks with the fills {sorted(fills)}", node)

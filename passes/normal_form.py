@@ -1,9 +1,9 @@
 """The normal form: attention as a sum of products of indexed leaves, the same for every spelling.
 
 `Evaluator.evaluate(node, index)` reads one element of a tensor expression, top-down: views rewrite
-the index (see indexing), contractions become sums over a fresh label, and whatever is not understood
-is a leaf, which is always a correct description.  A softmax is one factor that holds its score in
-the same form.
+the index (see indexing), contractions become sums over a fresh label, and what is not understood is
+a leaf, which is always a correct description.  A softmax is one factor that holds its score in the
+same form.
 """
 
 from __future__ import annotations

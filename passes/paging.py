@@ -1,4 +1,4 @@
-"""Is the cache gathered page by page?  Then pool and table go to the op, and nothing is gathered."""
+"""Is the cache gathered by pages?  Then pool and table go to the op, and nothing is gathered."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find_paging(
 
 
 def table_of(key: Leaf, batch: Group, time: Group) -> tuple[Leaf, Group, Label] | None:
-    """The table that a cache is gathered by, the labels of a sequence's pages, and of the pool's."""
+    """The table that a cache is gathered by; the labels of a sequence's pages and the pool's."""
     gathered = [
         (dim, d.label)
         for dim, entry in enumerate(key.index)

@@ -89,8 +89,8 @@ def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss
 def site(attention: Attention, beside: Collection[Node]) -> MLASite:
     """The attention as an MLASite; raises Refusal if it is not one, or not one to rewrite.
 
-    Read to the end, the terms tell which rows the cache does not depend on.  Read again, they stop at
-    the first tensor without these rows: the cache.  One head has no row to tell by.
+    Read to the end, the terms tell which rows the cache does not depend on.  Read again, they stop
+    at the first tensor without these rows: the cache.  One head has no row to tell by.
     """
     index, evaluator, terms = read_to_the_end(attention)
     softmax, value = split_value(terms, attention)
@@ -160,7 +160,7 @@ def described(
 
 
 def read_to_the_end(attention: Attention) -> tuple[Index, Evaluator, list[Term]]:
-    """The output's index, refined as its views ask for, and its terms read down to the graph's inputs."""
+    """The output's index, refined as its views ask for, and its terms, read to the end."""
     root = attention.root
     index = squeeze(root, tuple(whole(Label(f"x{d}", n)) for d, n in enumerate(shape(root))))
     while True:
@@ -175,7 +175,8 @@ def read_to_the_end(attention: Attention) -> tuple[Index, Evaluator, list[Term]]
 def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]:
     softmaxes = [f for t in terms for f in t.factors if isinstance(f, Softmax)]
     if len(terms) != 1 or len(softmaxes) != 1:
-        detail = f"the output is a sum of {len(terms)} terms with {len(softmaxes)} softmaxes in all, not one and one"
+        counts = f"{len(terms)} terms with {len(softmaxes)} softmaxes in all"
+        detail = f"the output is a sum of {counts}, not one and one"
         raise Refusal(Reason.SOFTMAX, detail, attention.root)
     return softmaxes[0], terms[0]
 
@@ -195,7 +196,7 @@ def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:
 
 
 def why_no_latent(terms: tuple[Term, ...], softmax: Softmax, attention: Attention) -> Refusal:
-    """Keys and values have a row for every head: is it the cache that has, or what is made of it?"""
+    """Keys and values have a row for every head: does the cache, or what is made of it?"""
     tokens = span(softmax.time)
     for leaf in cache_leaves(terms, softmax):
         for node in computed_for(tokens, leaf.node):
@@ -253,7 +254,7 @@ def check_private(expanded: set[Node], attention: Attention, beside: Collection[
 
 
 def check_labels(found: MLASite, value: Term, attention: Attention) -> None:
-    """No factor is a diagonal, and the output has the rows, the value dimensions, and nothing else."""
+    """No factor is a diagonal, and the output has rows, value dimensions, and nothing else."""
     leaves = [*found.latent.query, found.latent.key, *found.weights, *(m.leaf for m in found.masks)]
     leaves += [*found.rope.query, found.rope.key] if found.rope else []
     for leaf in leaves:

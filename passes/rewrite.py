@@ -203,7 +203,10 @@ class Emitter:
                 fill = mask.fill
         if keep is None or bias is None:
             return (bias if keep is None else keep), fill
-        return torch.where(keep, bias.float(), fill), float("-inf")
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        lowest = fill if fill == float("-inf") else max(fill, torch.finfo(wide).min)
+        hidden = bias.new_full((), lowest, dtype=wide)
+        return torch.where(keep, bias.to(wide), hidden), float("-inf")
 
     def seq_lens(self, site: MLASite) -> Tensor | None:
         if site.lengths is None and site.paging is None:
@@ -230,7 +233,7 @@ class Emitter:
         return laid_out(rows.reshape(shape(node)).to(dtype(node)), node)
 
     def output(self, out: Tensor, site: MLASite) -> Tensor:
-        """From [T, N, Lkv] to the root's shape and type, through W_UV where the values are expanded."""
+        """From [T, N, Lkv] to the root's shape and type, through W_UV where there is one."""
         labels = (*site.batch, *site.queries, *site.heads, site.value_feature)
         latent = out.reshape([x.size for x in labels])
         result = einsum([(latent, list(labels)), *map(self.spread, site.weights)], site.out)
@@ -245,13 +248,13 @@ class Emitter:
         return tensor
 
     def product(self, leaves: tuple[Leaf, ...], groups: tuple[Group, ...]) -> Tensor:
-        """The product of leaves, summed over the labels that are in no group, one dimension per group."""
+        """The product of leaves, summed over labels in no group; one dimension per group."""
         labels = [x for group in groups for x in group]
         value = einsum([self.spread(x) for x in leaves], labels)
         return value.reshape([span(group) for group in groups])
 
     def view(self, leaf: Leaf, groups: tuple[Group, ...]) -> Tensor:
-        """A leaf with one dimension per group, of size one where it depends on no label of the group."""
+        """A leaf with one dimension per group, of size one where it has no label of the group."""
         tensor, labels = self.spread(leaf)
         groups = tuple(group if set(group) & set(labels) else () for group in groups)
         tensor = broadcast_to(tensor, labels, [x for group in groups for x in group])
@@ -285,7 +288,7 @@ def gathers(leaf: Leaf) -> bool:
 
 
 def broadcast_to(tensor: Tensor, labels: list[Label], wanted: Sequence[Label]) -> Tensor:
-    """Permute dimensions from `labels` to the order of `wanted`; expand over those that are missing."""
+    """Permute dimensions from `labels` to the order of `wanted`; expand over missing ones."""
     tensor = tensor.permute([labels.index(x) for x in wanted if x in labels])
     for dim, x in enumerate(wanted):
         if x not in labels:
@@ -305,7 +308,7 @@ def einsum(factors: list[Labelled], wanted: Sequence[Label]) -> Tensor:
 
 
 def laid_out(tensor: Tensor, node: Node) -> Tensor:
-    """The tensor with its dimensions in memory in the order of the node's: views follow that rely on it."""
+    """The tensor laid out in memory in the node's order: views follow that rely on it."""
     strides = [hint(n) for n in node.meta["val"].stride()]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     back = sorted(range(len(order)), key=order.__getitem__)

@@ -133,7 +133,7 @@ def score_term(term: Term, key: Leaf, around: frozenset[Label], attention: Atten
 
 
 def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
-    """One contraction over a cache row as several, so that one of them is over the values' features."""
+    """A contraction over a cache row as several, one of them over the values' features."""
     pieces = [term]
     if term.key.node is kv_c.node:
         pieces = columns(term, kv_c, value)
@@ -152,7 +152,8 @@ def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
 
 
 def is_latent(term: ScoreTerm, kv_c: Leaf, value: Label) -> bool:
-    return term.key.key({term.feature: "feature"}) == kv_c.key({value: "feature"})
+    same = term.key.key({term.feature: "feature"}) == kv_c.key({value: "feature"})
+    return same and equal(term.feature.size, value.size)
 
 
 def columns(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:

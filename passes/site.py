@@ -16,12 +16,18 @@ from mla_compile.passes.indexing import Label, Leaf
 class Reason(enum.Enum):
     """Why an attention was left alone.  The value is what the user can do about it."""
 
-    NO_LATENT = "MLA needs keys and values that share one latent cache; a cache of per-head keys cannot be absorbed"
+    NO_LATENT = (
+        "MLA needs keys and values that share one latent cache; "
+        "a cache of per-head keys cannot be absorbed"
+    )
     VALUE = "use the latent part of the keys as the values, from the same cache, rows and positions"
     SCORE = "write the score as (q_nope·kv_c + q_pe·k_pe)·scale, then a mask, then softmax"
     SCALE = "use one finite positive softmax scale for the whole call"
     MASK = "use one boolean mask, one additive mask, or both with a fill of -inf or finfo.min"
-    ESCAPE = "do not return or reuse scores, probabilities or expanded keys and values (output_attentions=False)"
+    ESCAPE = (
+        "do not return or reuse scores, probabilities or expanded keys and values "
+        "(output_attentions=False)"
+    )
     SOFTMAX = (
         "normalise over all cached tokens, with nothing added to or cut from the probabilities"
     )
@@ -35,7 +41,10 @@ class Reason(enum.Enum):
     )
     DTYPE = "keep the cache in bfloat16, float16 or float32"
     SINKS = "the op has no sinks: an extra column under the softmax cannot be kept"
-    BETWEEN = "put nothing but W_UK and W_UV between the latent and the keys and values; rotate rope dimensions apart"
+    BETWEEN = (
+        "put nothing but W_UK and W_UV between the latent and the keys and values; "
+        "rotate rope dimensions apart"
+    )
     QUANTISED = (
         "keep kv_b_proj in a floating type, so that it can be absorbed into query and output"
     )
@@ -97,7 +106,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sequence b sees the tokens before sum(terms) + constant; each term is an integer tensor over the batch."""
+    """Sequence b sees the tokens before Σ terms[b] + constant, terms being integer tensors."""
 
     terms: tuple[Leaf, ...]
     constant: Size
@@ -106,7 +115,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Paging:
-    """The caches are gathered from pools of pages: kv_c[b, (p, slot)] = pool[page = table[b, p], slot].
+    """The caches are gathered from pools of pages: kv_c[b, (p, slot)] = pool[table[b, p], slot].
 
     The table's pages may hold more tokens than the site reads.
     """
@@ -129,7 +138,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class ScoreTerm:
-    """scale · Π scalars · Σ_feature (Π query) · key: one of the two contractions under the softmax."""
+    """scale · Π scalars · Σ_feature (Π query) · key, one of two contractions under the softmax."""
 
     query: tuple[Leaf, ...]
     key: Leaf
@@ -147,8 +156,9 @@ def span(labels: Iterable[Label]) -> Size:
 class MLASite:
     """MLA attention in normal form.  The emitter needs nothing else of the graph.
 
-    out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · kv_c, times `weights` (W_UV),
-    the scores under `logit_cap` if that is not 0.  `rows` are batch, queries and heads in the graph's order.
+    out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · kv_c, times
+    `weights` (W_UV), the scores under `logit_cap` if that is not 0.  `rows` are batch, queries and
+    heads in the graph's order.
     """
 
     root: Node
@@ -173,7 +183,7 @@ class MLASite:
 
     @property
     def expanded(self) -> bool:
-        """K or V is expanded from the latent in the graph: W_UK moves to the query, W_UV to the output."""
+        """K or V is expanded from the latent: W_UK moves to the query, W_UV to the output."""
         return len(self.latent.query) > 1 or bool(self.weights)
 
     @property

@@ -1,8 +1,8 @@
 """Where the attentions are: every softmax, however it is written, and what consumes it.
 
-All spellings are exponentials e = exp(scores - m), m constant along the axis, and their sum over it:
-probabilities e / Σe or exp(scores - log Σ exp(scores)), or e itself, divided by Σe after the values
-are weighed.
+All spellings are exponentials e = exp(scores - m), m constant along the axis, and their sum over
+it: probabilities e / Σe or exp(scores - log Σ exp(scores)), or e itself, divided by Σe after the
+values are weighed.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Normalised:
 class Attention:
     """A softmax, the `contraction` that consumes it, and the `path` from it to the `root`.
 
-    The root is the contraction or, with a `total`, the division after it; that of a fused call is its
-    first result.  `lse` are the nodes that hold log Σ exp(scores), if any is used elsewhere.
+    The root is the contraction or, with a `total`, the division after it; that of a fused call is
+    its first result.  `lse` are the nodes that hold log Σ exp(scores), if any is used elsewhere.
     """
 
     softmax: Node
@@ -119,7 +119,7 @@ def split_shift(exponential: Node) -> tuple[Node, Node | None]:
 
 
 def unshifted(scores: Node, axis: int) -> Node:
-    """The scores before anything that is constant along the axis was subtracted: no softmax sees it."""
+    """The scores before something constant along the axis was subtracted: no softmax sees it."""
     shifted = strip_copies(scores)
     if shifted.target is not aten.sub.Tensor or not is_tensor(shifted.args[1]):
         return scores
@@ -308,7 +308,7 @@ def toward_sums(exponential: Node) -> set[Node]:
 
 
 def consumer(weights: Node, beside: Collection[Node]) -> tuple[Node, frozenset[Node]]:
-    """The one contraction that the weights end in, and the nodes on the way; `beside` does not count."""
+    """The one contraction that the weights end in, and the way to it, `beside` not counted."""
     node, path = weights, {weights}
     while True:
         users = [u for u in readers(node) if u not in beside]
@@ -352,7 +352,7 @@ def is_random(node: Node) -> bool:
 
 
 def escape(node: Node, replaced: Collection[Node]) -> Node | None:
-    """A node beyond the attention that needs `node` even when `replaced` are computed in another way."""
+    """A node beyond the attention that needs `node` even where `replaced` are recomputed."""
     seen, todo = {node}, [node]
     while todo:
         for user in readers(todo.pop()):

@@ -30,7 +30,7 @@ Read = tuple[Node, Index] | None
 
 
 def pick_part(index: Index, dim: int, parts: list[Part]) -> Read:
-    """Read a tensor made of consecutive `parts` along `dim` from the one that the index stays in."""
+    """Read a tensor made of consecutive `parts` along `dim` from the one the index is in."""
     if not index[dim]:
         return None
     first, span = outermost(index[dim])
@@ -183,7 +183,7 @@ def _pad(node: Node, index: Index) -> Read:
 
 
 def _gather(node: Node, index: Index) -> Read:
-    """`source[..., table, ...]` with one integer tensor: that dimension is read where the table says."""
+    """`source[..., table, ...]` with one integer tensor: read where the table says."""
     source: Node = node.args[0]
     tables = [(dim, t) for dim, t in enumerate(node.args[1]) if t is not None]
     if len(tables) != 1:
@@ -224,7 +224,7 @@ _RULES: dict[Any, Callable[[Node, Index], Read]] = {
 
 
 def relabel(node: Node, index: Index) -> Read:
-    """Where `node[index]` really reads: (tensor, index); None if `node` is not a view of a known kind.
+    """Where `node[index]` really reads: (tensor, index), or None if `node` is no known view.
 
     Raises Refine or Segment when the answer is different for different parts of a label.
     """

@@ -63,6 +63,12 @@ def values_overlap_the_keys(x: Inputs) -> Tensor:
     return attend(s.softmax(-1), x, x.kv_c[..., 8:24])
 
 
+def values_wider_than_the_keys(x: Inputs) -> Tensor:
+    q = torch.einsum("bshd,hdc->bshc", x.q_nope, x.W_UK)
+    s = torch.einsum("bshc,btc->bsht", q, x.fused[..., :32]) * SCALE
+    return attend(s.softmax(-1), x, x.fused)
+
+
 def values_in_reverse_order(x: Inputs) -> Tensor:
     return attend(absorbed_scores(x).softmax(-1), x, x.kv_c.flip(1))
 
@@ -276,6 +282,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (values_of_another_function, Reason.VALUE),
     (values_of_other_columns, Reason.VALUE),
     (values_overlap_the_keys, Reason.VALUE),
+    (values_wider_than_the_keys, Reason.VALUE),
     (values_in_reverse_order, Reason.VALUE),
     (values_one_token_late, Reason.VALUE),
     (values_of_another_sequence, Reason.VALUE),

@@ -127,6 +127,7 @@ def main() -> None:
             (2, 64, 1, {**bf16, **csr}),
         ],
         "bf16, pages of 64, split": [(2, 64, 64, {**bf16, **csr, "out_ptr": "*fp32"})],
+        "bf16, dense": [(2, 64, 0, bf16)],
         "bf16, dense under a mask": [(2, 64, 0, {**bf16, "mask_ptr": "*i1"})],
         "fp32": [(4, 64, 1, {**fp32, **csr})],
         "fp8 cache": [(2, 64, 1, {**bf16, **csr, **fp8})],
@@ -136,7 +137,8 @@ def main() -> None:
         for path, cases in paths.items():
             for size, count, page_size, types in cases:
                 key = tuned_arch(arch, triton.__version__)
-                config = pick(key, rows=count, Lkv=LKV, q_bytes=size, kv_bytes=size)
+                kv_bytes = 1 if "fp8" in types["kv_c_ptr"] else size
+                config = pick(key, rows=count, Lkv=LKV, q_bytes=size, kv_bytes=kv_bytes)
                 binary = compile_split(arch, config, types, page_size)
                 rows.append({"arch": arch, "path": path, "rows": count, **usage(arch, binary)})
         for config in GLUON.get(tuned_arch(arch, triton.__version__), ()):

@@ -56,7 +56,7 @@ def test_pick(arch: str, rows: int, Lkv: int, size: int, expected: Any) -> None:
 
 
 def test_amd_archs_have_configs_of_their_own_before_triton_3_8() -> None:
-    assert tuned_arch("gfx950", "3.6.0") == "gfx950-3.7"
+    assert tuned_arch("gfx950", "3.6.0") == "gfx950-3.6"
     assert tuned_arch("gfx950", "3.10.1+rocm") == "gfx950"
     assert tuned_arch("gfx942", "3.7.0") == "gfx942-3.7"
     assert tuned_arch("sm90", "3.6.0") == "sm90"
@@ -122,6 +122,11 @@ def test_an_fp8_cache_under_bf16_picks_as_bf16_does() -> None:
     assert pick("sm90", rows=64, Lkv=512, q_bytes=2, kv_bytes=1) == HALF["sm90"][1]
 
 
+def test_on_gfx942_an_fp8_cache_takes_tiles_that_do_not_spill() -> None:
+    assert pick("gfx942", rows=64, Lkv=512, q_bytes=2, kv_bytes=1) == BYTE["gfx942"][1]
+    assert pick("gfx942", rows=64, Lkv=512, q_bytes=2, kv_bytes=2) == HALF["gfx942"][1]
+
+
 @pytest.mark.parametrize(
     ("masks", "pin", "expected"),
     [
@@ -144,7 +149,9 @@ def test_explain_says_which_kernel_a_gpu_runs_and_why(
     assert report.kernel(site) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("table", [*HALF.values(), *FULL.values(), *GLUON.values(), FALLBACK])
+@pytest.mark.parametrize(
+    "table", [*HALF.values(), *BYTE.values(), *FULL.values(), *GLUON.values(), FALLBACK]
+)
 def test_configs_rise_in_rows(table: tuple[Any, ...]) -> None:
     rows = [config.block_m for config in table]
     assert rows == sorted(set(rows))

@@ -176,6 +176,21 @@ def test_a_size_asked_of_the_probabilities_is_asked_of_an_input() -> None:
 
 
 @torch.no_grad()
+def test_an_additive_and_a_boolean_mask_are_one_in_every_type() -> None:
+    def masked_twice(x: Inputs) -> Tensor:
+        s = absorbed_scores(x) + x.bias.transpose(1, 2).to(x.kv_c.dtype)
+        low = torch.finfo(s.dtype).min
+        s = s.masked_fill(~x.visible[:, None, None], low).masked_fill(~x.keep.transpose(1, 2), low)
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c)
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        compiled, x = Compiled(masked_twice), inputs().to(dtype)
+        result, exact = compiled(x), masked_twice(inputs().to(torch.float64))
+        assert compiled.misses == []
+        assert error(result, exact) <= max(2 * error(masked_twice(x), exact), 1e-15)
+
+
+@torch.no_grad()
 def test_exponentials_that_no_sum_divides_are_no_attention() -> None:
     def unnormalised(x: Inputs) -> Tensor:
         s = absorbed_scores(x)

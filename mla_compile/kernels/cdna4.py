@@ -4,6 +4,7 @@ While one tile is worked on the next arrives, without passing through registers.
 it lies, P · V by the transposing LDS read of CDNA4.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd.cdna4 import async_copy
@@ -12,6 +13,9 @@ import mla_compile.kernels.cdna as cdna
 from mla_compile.kernels.cdna import LKV, LOG2E, WIDE, R
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the second name
+# LLVM up to Triton 3.7 counts direct-to-LDS loads among LDS accesses, and so waits too little for
+# LDS reads before them (llvm-project#179305; the emulator found it). A barrier keeps them apart.
+MISCOUNTS: gl.constexpr = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
 
 
 @gluon.jit(do_not_specialize=["page_size", "num_splits", "num_programs", "stride_table"])
@@ -127,6 +131,8 @@ def cdna4_kernel(
         async_copy.commit_group()
         at_c = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
         at_e = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
+        if MISCOUNTS:
+            barrier()
 
         k = async_copy.load_shared_relaxed(kv_smem.index(now).permute([1, 0]), K)
         k_pe = async_copy.load_shared_relaxed(pe_smem.index(now).permute([1, 0]), K)

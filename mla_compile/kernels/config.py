@@ -38,13 +38,18 @@ _ILP = (*_FUSED, ("llvm_fn_attrs", "amdgpu-sched-strategy=iterative-ilp"))
 
 # Configs of an arch by the most rows each suits, in rising order; the last takes all that is left.
 # sm90 numbers are measured on an H200, gfx numbers come from a timing model of the compiled code;
-# both at 128 heads, context 4096, batch 128. None of these spills on Triton 3.6 or 3.9. The suffix
-# -3.7 is for Triton up to that version.
+# both at 128 heads, context 4096, batch 128. None of these spills on Triton 3.6 or 3.9. A suffix
+# names an older Triton.
 _GFX942 = (
     Config(block_m=16, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
     # LDS is 64 KB: one 32-key tile of 64 rows. With two stages the transposed V falls to
     # 2-byte LDS reads (10.5-15.9 K clocks a tile against 8.1 K).
     Config(block_m=64, block_n=32, num_warps=4, num_stages=1, options=_CDNA3),
+)
+# Before Triton 3.8 nothing goes direct to LDS, and the second load spills 90 registers.
+_GFX950_SYNC = (
+    Config(block_m=16, block_n=16, num_warps=4, num_stages=1, options=_CDNA4),
+    Config(block_m=64, block_n=32, num_warps=4, num_stages=3, options=_CDNA4),
 )
 HALF: dict[str, tuple[Config, ...]] = {
     "sm90": (
@@ -54,8 +59,7 @@ HALF: dict[str, tuple[Config, ...]] = {
         # 244-250 TF/s. 32 rows 200, BLOCK_N 32 177, 16 warps 120, 4 warps 88; 128 rows do not fit.
         Config(block_m=64, block_n=64, num_warps=8, num_stages=2),
     ),
-    "gfx942": _GFX942,
-    "gfx942-3.7": _GFX942,
+    **dict.fromkeys(("gfx942", "gfx942-3.7", "gfx942-3.6"), _GFX942),
     "gfx950": (
         # A second load gives K and V each their own direct-to-LDS layout: 5.6 K -> 3.6 K clocks a
         # tile, for 143 KB of 160 KB LDS.
@@ -71,11 +75,7 @@ HALF: dict[str, tuple[Config, ...]] = {
             options=_CDNA4,
         ),
     ),
-    # Before Triton 3.8 nothing goes direct to LDS, and the second load spills 90 registers.
-    "gfx950-3.7": (
-        Config(block_m=16, block_n=16, num_warps=4, num_stages=1, options=_CDNA4),
-        Config(block_m=64, block_n=32, num_warps=4, num_stages=3, options=_CDNA4),
-    ),
+    **dict.fromkeys(("gfx950-3.7", "gfx950-3.6"), _GFX950_SYNC),
 }
 
 # Gluon kernels; clocks of a tile in the same model. 32 rows took as long as 64, 128 spill. Those of
@@ -112,6 +112,11 @@ GLUON: dict[str, tuple[Config, ...]] = {
         Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_ILP),
     ),
     "gfx942-3.7": (
+        replace(_CDNA3_16, per_unit=3),
+        # 4.8 K; 8 waves 5.5 K.
+        Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_FUSED),
+    ),
+    "gfx942-3.6": (
         _CDNA3_16,
         # 5.1 K; 4 waves spill 20 registers.
         Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_FUSED),
@@ -122,20 +127,23 @@ GLUON: dict[str, tuple[Config, ...]] = {
         # 5.2 K; 8 waves 5.7 K. Two tiles are 158 of 160 KB LDS.
         Config(block_m=64, block_n=64, num_warps=4, kernel="cdna4", options=_ILP),
     ),
-    "gfx950-3.7": (
-        _CDNA4_16,
-        # 6.1 K; 4 waves move accumulators between register files: 10.0 K.
-        Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_FUSED),
+    # 7.5-7.9 K: the barrier that keeps LLVM from an error costs overlap.
+    **dict.fromkeys(
+        ("gfx950-3.7", "gfx950-3.6"),
+        (
+            _CDNA4_16,
+            Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_FUSED),
+        ),
     ),
 }
 
-# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value; at 32 keys a tile of
-# 64 rows spills 146 registers to memory, at 16 none.
+# One-byte caches. CDNA3 converts OCP's fp8 in dozens of instructions a value: 64 rows spill 146
+# registers to memory at 32 keys, none at 16.
 _GFX942_BYTE = (
     _GFX942[0],
     Config(block_m=64, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
 )
-BYTE = {"gfx942": _GFX942_BYTE, "gfx942-3.7": _GFX942_BYTE}
+BYTE = dict.fromkeys(("gfx942", "gfx942-3.7", "gfx942-3.6"), _GFX942_BYTE)
 
 # fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it.
 FULL: dict[str, tuple[Config, ...]] = {
@@ -148,8 +156,10 @@ FALLBACK = (Config(block_m=16, block_n=16, num_warps=4, num_stages=1),)
 
 def tuned_arch(arch: str, triton_version: str) -> str:
     """The key of the tables above."""
-    old = tuple(map(int, triton_version.split(".")[:2])) < (3, 8)
-    return f"{arch}-3.7" if f"{arch}-3.7" in GLUON and old else arch
+    version = tuple(map(int, triton_version.split(".")[:2]))
+    if f"{arch}-3.7" not in GLUON or version >= (3, 8):
+        return arch
+    return f"{arch}-{'3.7' if version == (3, 7) else '3.6'}"
 
 
 def uncovered(*, Lkv: int, R: int, q_bytes: int, kv_bytes: int, rare: str) -> str:

@@ -34,6 +34,14 @@ class Request(NamedTuple):
     options: tuple[tuple[str, Any], ...]  # constexprs and compiler options
 
 
+class Ran(NamedTuple):
+    """A binary that was executed. Different requests may compile to the same code."""
+
+    arch: str
+    kernel: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class Binary:
     asm: str

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cdna.compiler import Compiler, Request
+from tests.cdna.compiler import Compiler, Ran
 
-RUNS = pytest.StashKey[Counter[Request]]()
+RUNS = pytest.StashKey[Counter[Ran]]()
 SCORE = pytest.StashKey[Counter[tuple[str, str]]]()
 
 
@@ -21,7 +21,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
 
 
 @pytest.fixture(scope="session")
-def runs(pytestconfig: pytest.Config) -> Counter[Request]:
+def runs(pytestconfig: pytest.Config) -> Counter[Ran]:
     """Wave instructions executed, by binary."""
     return pytestconfig.stash.setdefault(RUNS, Counter())
 
@@ -29,13 +29,13 @@ def runs(pytestconfig: pytest.Config) -> Counter[Request]:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    runs = config.stash.get(RUNS, Counter[Request]())
-    for arch in sorted({request.arch for request in runs}):
-        of_arch = {r: n for r, n in runs.items() if r.arch == arch}
-        kernels = Counter(request.kernel[1] for request in of_arch)
+    runs = config.stash.get(RUNS, Counter[Ran]())
+    for arch in sorted({ran.arch for ran in runs}):
+        of_arch = {ran: n for ran, n in runs.items() if ran.arch == arch}
+        kernels = Counter(ran.kernel for ran in of_arch)
         counts = ", ".join(f"{n} of {kernel}" for kernel, n in sorted(kernels.items()))
         terminalreporter.write_line(
-            f"{arch}: executed {len(of_arch)} binaries ({counts}), "
+            f"{arch}: executed {len(of_arch)} different binaries ({counts}), "
             f"{sum(of_arch.values()):,} wave instructions"
         )
     score = config.stash.get(SCORE, Counter[tuple[str, str]]())

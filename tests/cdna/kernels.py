@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.cdna.asm import Kernel, parse
-from tests.cdna.compiler import LARGE, Binary, Compiler, Pointer, Request
+from tests.cdna.compiler import LARGE, Binary, Compiler, Pointer, Ran, Request
 from tests.cdna.launch import Argument, Buffer, launch
 
 WRITTEN = ("out_ptr", "lse_ptr")  # every other pointer is read-only
@@ -29,7 +30,7 @@ class Emulated:
     compiler: Compiler
     large: bool = False  # as if every tensor were a view of a large storage
     planned: list[Request] | None = None  # note what would be compiled, run nothing
-    runs: Counter[Request] = field(default_factory=Counter)  # wave instructions by binary
+    runs: Counter[Ran] = field(default_factory=Counter)  # wave instructions by binary
 
     @property
     def arg_names(self) -> list[str]:
@@ -39,19 +40,24 @@ class Emulated:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **options: self._launch(grid, arguments, options)
 
+    def request(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Request:
+        python = self.function.fn
+        name = python.__module__, python.__name__
+        described = tuple(map(self._describe, arguments))
+        return Request(name, self.arch, described, tuple(options.items()))
+
     def _launch(
         self, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        python = self.function.fn
-        described = tuple(map(self._describe, arguments))
-        name = python.__module__, python.__name__
-        request = Request(name, self.arch, described, tuple(options.items()))
-        binary = self.compiler.submit(request)
+        request = self.request(arguments, options)
+        compiled = self.compiler.submit(request)
         if self.planned is not None:
             self.planned.append(request)
             return
+        binary = compiled.result()
         values = dict(zip(self.arg_names, arguments, strict=False)) | options
-        self.runs[request] += execute(binary.result(), self.arch, grid, values)
+        ran = Ran(self.arch, request.kernel[1], sha256(binary.hsaco).hexdigest())
+        self.runs[ran] += execute(binary, self.arch, grid, values)
 
     def _describe(self, argument: Any) -> Any:
         if not isinstance(argument, Tensor):

@@ -4,6 +4,7 @@ as theory wants them, registers within their golden limits."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import triton
@@ -14,6 +15,7 @@ from tests.cdna.limits import EXCEPTIONS, LIMITS, TRITON, breaches, judge
 from tests.cdna.shipped import MATRIX, Shipped, plan
 
 
+@cache
 def reports(shipped: Shipped, compiler: Compiler) -> list[Report]:
     return [report(r, compiler.submit(r).result()) for r in plan(shipped, compiler)]
 
@@ -46,24 +48,24 @@ def test_theory_is_what_the_shapes_say() -> None:
     shape = Shape("split", 64, 32, 512, 64, bytes=2, kv_bytes=2, reload_v=False, waves=4)
     assert shape.matrix_instructions("gfx942") == {"16x16x16": 2 * 36 + 64}
     assert shape.matrix_instructions("gfx950") == {"16x16x32": 2 * 18 + 32}
-    assert shape.wide_loads() == 32 * (1024 + 128) // (64 * 4 * 16)
+    assert shape.wide_loads() == range(8 + 1, 8 + 1 + 1)
 
 
 GOOD = Report(
-    "split 64x32",
-    300,
-    44,
-    0,
-    0,
-    0,
-    65536,
-    1,
-    1,
-    {"16x16x16": 136},
-    {16: 9},
-    0,
-    {"16x16x16": 136},
-    9,
+    name="split 64x32",
+    vgprs=300,
+    agprs=44,
+    vgpr_spills=0,
+    sgpr_spills=0,
+    scratch=0,
+    lds=65536,
+    programs=1,
+    waves=1,
+    matrix={"16x16x16": 136},
+    loads={16: 9},
+    narrow=0,
+    expected_matrix={"16x16x16": 136},
+    expected_wide=range(9, 10),
 )
 
 
@@ -75,7 +77,7 @@ GOOD = Report(
         ({"lds": 65540}, "65540 bytes of LDS, gfx942 has 65536"),
         ({"matrix": {"16x16x16": 137}}, "expected"),
         ({"matrix": {"32x32x8": 34}}, "expected"),
-        ({"loads": {16: 8, 8: 2}}, "8 loads of 16 bytes, not 9"),
+        ({"loads": {16: 8, 8: 2}}, "8 loads of 16 bytes, not 9 to 9"),
         ({"narrow": 1}, "1 LDS reads of 2 bytes"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from tests.cases import assert_right
 from tests.cdna import kernels
 from tests.cdna.asm import Kernel, parse
-from tests.cdna.compiler import Binary, Compiler, Request
+from tests.cdna.compiler import Binary, Compiler, Ran
 from tests.cdna.hsaco import disassemble, objdump
 from tests.cdna.shipped import Shipped, launch, model, on, problem_of
 
@@ -37,7 +37,7 @@ def test_the_code_object_runs_as_its_assembly_does(
     arch: str,
     pinned: str,
     compiler: Compiler,
-    runs: Counter[Request],
+    runs: Counter[Ran],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     execute = kernels.execute

@@ -187,7 +187,13 @@ def test_registers_that_nobody_wrote() -> None:
     with pytest.raises(Uninitialised, match="v5 was never written"):
         run(COPY.replace("v1, v2, s[2:3]", "v1, v5, s[2:3]"))
     with pytest.raises(Uninitialised, match="s9 was never written"):
-        run(COPY.replace("s_waitcnt vmcnt(0)", "s_waitcnt vmcnt(0)\ns_mov_b32 s8, s9"))
+        run(COPY.replace("s_waitcnt vmcnt(0)", "s_waitcnt vmcnt(0)\ns_not_b32 s8, s9"))
+
+
+def test_a_copy_of_what_nobody_wrote_is_as_undefined() -> None:
+    copied = COPY.replace("s_waitcnt vmcnt(0)", "s_waitcnt vmcnt(0)\nv_mov_b32_e32 v2, v5")
+    with pytest.raises(Uninitialised, match="v2 was never written"):
+        run(copied)
 
 
 def test_registers_that_the_descriptor_does_not_allocate() -> None:

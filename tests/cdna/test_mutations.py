@@ -24,9 +24,11 @@ LOOPS = [
     for arch, pinned, N, tile in (
         ("gfx942", "", 16, 16),
         ("gfx942", "", 64, 32),
+        ("gfx942", "portable", 16, 16),
         ("gfx942", "portable", 64, 32),
         ("gfx950", "", 16, 32),
         ("gfx950", "", 64, 64),
+        ("gfx950", "portable", 16, 32),
         ("gfx950", "portable", 64, 32),
     )
 ]

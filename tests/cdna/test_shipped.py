@@ -10,7 +10,7 @@ import torch
 from mla_compile.kernels import decode
 from mla_compile.validate import validate
 from tests.cases import assert_right, outputs
-from tests.cdna.compiler import Compiler, Request
+from tests.cdna.compiler import Compiler, Ran
 from tests.cdna.shipped import ARCHS, MATRIX, Shipped, launch, model, on, plan, problem_of
 
 
@@ -24,7 +24,7 @@ def compiling(compiler: Compiler, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("shipped", MATRIX, ids=str)
 def test_a_shipped_binary_is_right(
-    shipped: Shipped, compiler: Compiler, runs: Counter[Request], compiling: None
+    shipped: Shipped, compiler: Compiler, runs: Counter[Ran], compiling: None
 ) -> None:
     problem = problem_of(shipped.case)
     with on(shipped, compiler, runs):
@@ -35,7 +35,7 @@ def test_a_shipped_binary_is_right(
 @pytest.mark.parametrize("pinned", ["", "portable"], ids=["table", "portable"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_cache_reaches_past_two_to_the_31_elements(
-    arch: str, pinned: str, compiler: Compiler, runs: Counter[Request]
+    arch: str, pinned: str, compiler: Compiler, runs: Counter[Ran]
 ) -> None:
     """Its last slots are what the sequences own; all before was never touched, nor given memory."""
     case = model("far", lens=(33, 5), num_kv_splits=1)

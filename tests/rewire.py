@@ -1,0 +1,93 @@
+"""Mutations no author thought of: an edge of an ATen graph gets another tensor of the same shape."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+aten = torch.ops.aten
+Change = tuple[str, Callable[[Node], Node]]
+
+
+def rewire(module: GraphModule, which: int, how: int) -> str:
+    """Change edge `which` in way `how`, both modulo what there is; the change in words."""
+    edges = [(user, x) for user in module.graph.nodes for x in operands(user)]
+    user, source = edges[which % len(edges)]
+    name, change = (ways := changes(source, user))[how % len(ways)]
+    with module.graph.inserting_before(user):
+        user.replace_input_with(source, change(source))
+    inputs = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    mode = inputs[0].fake_mode
+    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+    module.recompile()
+    return f"{user.name} reads {source.name}, {name}"
+
+
+def operands(user: Node) -> list[Node]:
+    if user.op != "call_function" or user.target is operator.getitem:
+        return []
+    return [x for x in user.all_input_nodes if tensor(x) is not None and tensor(x).numel() > 1]
+
+
+def tensor(node: Node) -> Tensor | None:
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+def changes(source: Node, user: Node) -> list[Change]:
+    call = source.graph.call_function
+    t = tensor(source)
+    ways: list[Change] = [
+        (f"reversed along {d}", lambda x, d=d: call(aten.flip.default, (x, [d])))
+        for d in range(t.dim())
+        if t.shape[d] > 1
+    ]
+    ways += [
+        (f"one late along {d}", lambda x, d=d: rolled(x, d))
+        for d in range(t.dim())
+        if t.shape[d] > 1
+    ]
+    if t.dtype is torch.bool:
+        ways.append(("negated", lambda x: call(aten.logical_not.default, (x,))))
+    if t.is_floating_point():
+        ways += [
+            ("bent", lambda x: call(aten.sin.default, (x,))),
+            ("negated", lambda x: call(aten.neg.default, (x,))),
+            ("doubled", lambda x: call(aten.mul.Tensor, (x, 2.0))),
+            ("squared", lambda x: call(aten.mul.Tensor, (x, x))),
+            ("moved", lambda x: call(aten.add.Tensor, (x, 0.5))),
+        ]
+    if t.dim() > 1 and t.shape[-1] == t.shape[-2]:
+        order = [*range(t.dim() - 2), t.dim() - 1, t.dim() - 2]
+        ways.append(("transposed", lambda x: copied(call(aten.permute.default, (x, order)))))
+    if t.dtype in (torch.int32, torch.int64):
+        return ways  # any other integers may be no indices
+    for other in user.graph.nodes:
+        if other is user:
+            break
+        if other is not source and (o := tensor(other)) is not None and like(o, t):
+            ways.append((f"instead {other.name}", lambda _, other=other: copied(other)))
+    return ways
+
+
+def like(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def copied(x: Node) -> Node:
+    """In memory as a view of it may need it."""
+    return x.graph.call_function(
+        aten.clone.default, (x,), {"memory_format": torch.contiguous_format}
+    )
+
+
+def rolled(x: Node, dim: int) -> Node:
+    call = x.graph.call_function
+    rest = call(aten.slice.Tensor, (x, dim, 1))
+    first = call(aten.slice.Tensor, (x, dim, 0, 1))
+    return call(aten.cat.default, ([rest, first], dim))
