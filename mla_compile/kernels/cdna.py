@@ -1,4 +1,5 @@
-"""What the Gluon kernels of CDNA3 and CDNA4 share: all but how a tile moves through LDS.
+"""What the Gluon kernels of CDNA3 and CDNA4 share: all but how a tile moves through LDS. `sm90` too
+finds its rows and keys by it and writes its sums as it does.
 
 They compute what `split` does and write the same out, m and l, for the common case alone:
 `config.uncovered` is the list of what they leave to it. A workgroup owns BLOCK_M query rows and one

@@ -45,7 +45,7 @@ UNSEEN: gl.constexpr = gl.constexpr(-1e30)  # m before the first key: finite, fo
 REGISTERS: gl.constexpr = gl.constexpr([160, 160, 24])
 
 
-def _fade_asm(n):
+def _fade_asm(n: int) -> str:
     """Multiply n accumulators unless both factors are 1 in all lanes of the warp.
 
     A lane's accumulators belong to two rows: of each four, two to the first, two to the second.
