@@ -313,7 +313,8 @@ class Run:
             return k, torch.einsum("btc,hvc->bhtv", values, W_UV)
 
         def linear(latent: Tensor, w: Tensor) -> Tensor:
-            return F.linear(latent, w.flatten(0, 1)).unflatten(-1, (N, -1)).transpose(1, 2)
+            heads: Tensor = F.linear(latent, w.flatten(0, 1)).unflatten(-1, (N, -1))
+            return heads.transpose(1, 2)
 
         if self.program.weights == "two linears":
             return linear(keys, W_UK), linear(values, W_UV)

@@ -1,9 +1,11 @@
-"""Mutations no author thought of: an edge of an ATen graph gets another tensor of the same shape."""
+"""Mutations no author thought of: an edge of a graph gets another tensor of the same shape."""
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,27 +33,19 @@ def rewire(module: GraphModule, which: int, how: int) -> str:
 def operands(user: Node) -> list[Node]:
     if user.op != "call_function" or user.target is operator.getitem:
         return []
-    return [x for x in user.all_input_nodes if tensor(x) is not None and tensor(x).numel() > 1]
+    return [x for x in user.all_input_nodes if is_tensor(x) and x.meta["val"].numel() > 1]
 
 
-def tensor(node: Node) -> Tensor | None:
-    value = node.meta.get("val")
-    return value if isinstance(value, Tensor) else None
+def is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def changes(source: Node, user: Node) -> list[Change]:
     call = source.graph.call_function
-    t = tensor(source)
-    ways: list[Change] = [
-        (f"reversed along {d}", lambda x, d=d: call(aten.flip.default, (x, [d])))
-        for d in range(t.dim())
-        if t.shape[d] > 1
-    ]
-    ways += [
-        (f"one late along {d}", lambda x, d=d: rolled(x, d))
-        for d in range(t.dim())
-        if t.shape[d] > 1
-    ]
+    t: Tensor = source.meta["val"]
+    long = [d for d in range(t.dim()) if t.shape[d] > 1]
+    ways: list[Change] = [(f"reversed along {d}", partial(reversed_along, d)) for d in long]
+    ways += [(f"one late along {d}", partial(rolled, d)) for d in long]
     if t.dtype is torch.bool:
         ways.append(("negated", lambda x: call(aten.logical_not.default, (x,))))
     if t.is_floating_point():
@@ -67,11 +61,9 @@ def changes(source: Node, user: Node) -> list[Change]:
         ways.append(("transposed", lambda x: copied(call(aten.permute.default, (x, order)))))
     if t.dtype in (torch.int32, torch.int64):
         return ways  # any other integers may be no indices
-    for other in user.graph.nodes:
-        if other is user:
-            break
-        if other is not source and (o := tensor(other)) is not None and like(o, t):
-            ways.append((f"instead {other.name}", lambda _, other=other: copied(other)))
+    for other in itertools.takewhile(lambda n: n is not user, user.graph.nodes):
+        if other is not source and is_tensor(other) and like(other.meta["val"], t):
+            ways.append((f"instead {other.name}", partial(replaced, other)))
     return ways
 
 
@@ -86,7 +78,15 @@ def copied(x: Node) -> Node:
     )
 
 
-def rolled(x: Node, dim: int) -> Node:
+def replaced(other: Node, x: Node) -> Node:
+    return copied(other)
+
+
+def reversed_along(dim: int, x: Node) -> Node:
+    return x.graph.call_function(aten.flip.default, (x, [dim]))
+
+
+def rolled(dim: int, x: Node) -> Node:
     call = x.graph.call_function
     rest = call(aten.slice.Tensor, (x, dim, 1))
     first = call(aten.slice.Tensor, (x, dim, 0, 1))

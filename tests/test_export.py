@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,15 +41,15 @@ def read(x: Inputs) -> tuple[Tensor, ...]:
 
 class Decode(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
-        x = replace(SAMPLE, **dict(zip(READ, tensors, strict=True)))
-        return expanded_sdpa_length_mask(x)
+        given: dict[str, Any] = dict(zip(READ, tensors, strict=True))
+        return expanded_sdpa_length_mask(replace(SAMPLE, **given))
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Decode, compiled ahead of time for any number of cached tokens."""
     tokens = Dim("tokens", min=2, max=4096)
-    dynamic = ({}, {}, {1: tokens}, {1: tokens}, {}, {})
+    dynamic: tuple[dict[int, Any], ...] = ({}, {}, {1: tokens}, {1: tokens}, {}, {})
     path = tmp_path_factory.mktemp("aoti") / "decode.pt2"
     mla_compile.counters.clear()
     with torch.no_grad():

@@ -103,7 +103,7 @@ class Traced(Compiled):
         tensors = inputs(program.sizes).to(program.dtype).tensors()
         fakes = [fake(mode, t, dynamic.get(name, ())) for name, t in tensors.items()]
         with tracing(TracingContext(mode)):
-            return self.backend(Flat(program), fakes)
+            return self.backend(Flat(program), fakes)  # type: ignore[arg-type]
 
 
 def fake(mode: FakeTensorMode, t: Tensor, dynamic: Sequence[int]) -> Tensor:
@@ -198,8 +198,8 @@ def check_rewiring(case: tuple[Program, list[tuple[int, int]]], tally: Tally) ->
         tally.add(compiled)
         for result, exact in zip(module(*x), expected, strict=True):
             got, _, ideal = known(result, exact, exact)
-            # Half the digits of float64: a wrong tensor differs in the first ones.
-            near = error(got, ideal) <= torch.finfo(torch.float64).eps ** 0.5
+            # Masks and lse are float32 in the op; a wrong tensor differs in the first digits.
+            near = error(got, ideal) <= torch.finfo(torch.float32).eps
             assert near or not ideal.any(), (change, compiled.sites)
 
 
@@ -223,20 +223,21 @@ def fuzz(
 
 # What is fuzzed: cases, the check of one, graphs of a case, cases in CI, and how many of the graphs
 # must be rewritten at least, lest refusing everything be right.
-KINDS = {
-    "MLA": (programs(), check_program, 1, 50, 0.5),
-    "mutants": (mutants(), check_program, 1, 50, 0.1),
-    "rewired": (rewirings(), check_rewiring, EDGES, 10, 0.1),
+KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[..., None], int, int, float]] = {
+    "MLA": (programs(), check_program, 1, 50, 0.9),
+    "mutants": (mutants(), check_program, 1, 50, 0.2),
+    "rewired": (rewirings(), check_rewiring, EDGES, 10, 0.4),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_computes_the_same(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    strategy, check, _, cases, floor = KINDS[kind]
+    strategy, check, graphs, cases, floor = KINDS[kind]
     tally = fuzz(strategy, check, settings(CI, max_examples=cases))
     with capsys.disabled():
         print(f"\n{kind}: {tally}")
-    assert floor * tally.graphs <= tally.rewritten
+    assert tally.graphs == cases * graphs
+    assert tally.rewritten >= floor * tally.graphs
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def test_a_pass_set_before_enable_runs_after_ours() -> None:
 
 
 @pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="torch 2.11 takes one pass a hook, not a sequence"
+    torch.__version__ < "2.13", reason="torch 2.11 takes one pass a hook, not a sequence"
 )
 def test_a_sequence_puts_passes_before_and_after_ours() -> None:
     first, last = Seeing("first"), Seeing("last")
