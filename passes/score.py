@@ -119,7 +119,7 @@ def feature_of(leaf: Leaf, around: frozenset[Label], node: Node) -> Label:
 def score_term(term: Term, key: Leaf, around: frozenset[Label], attention: Attention) -> ScoreTerm:
     feature = feature_of(key, around, attention.softmax)
     query = tuple(f for f in term.factors if f is not key)
-    if feature not in term.summed or not all(isinstance(f, Leaf) for f in query):
+    if feature not in term.summed or not query or not all(isinstance(f, Leaf) for f in query):
         raise Refusal(
             Reason.SCORE, f"the key {key} is not contracted over {feature}", attention.softmax
         )

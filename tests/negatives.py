@@ -100,6 +100,10 @@ def three_score_terms(x: Inputs) -> Tensor:
     return attend(s.softmax(-1), x)
 
 
+def keys_that_no_query_meets(x: Inputs) -> Tensor:
+    return attend((absorbed_scores(x) + x.k_pe.sum(-1)[:, None, None]).softmax(-1), x)
+
+
 def probabilities_returned(x: Inputs) -> tuple[Tensor, Tensor]:
     p = absorbed_scores(x).softmax(-1)
     return attend(p, x), p
@@ -290,6 +294,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (score_squared, Reason.SCORE),
     (negative_scale, Reason.SCALE),
     (three_score_terms, Reason.SCORE),
+    (keys_that_no_query_meets, Reason.SCORE),
     (probabilities_returned, Reason.ESCAPE),
     (scores_returned, Reason.ESCAPE),
     (expanded_keys_returned, Reason.ESCAPE),
