@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,8 @@ TINY: dict[str, Any] = {
 SPARSE = {"index_topk": 8, "index_n_heads": 2}  # 8 of at least 11 cached tokens
 SELECT_ALL = {"index_topk": 32}  # in bf16, where rounding makes an indexer select others
 # With an indexer, 5.17 caches the keys and values of every head where 5.23 caches the latent.
-EXPANDED = Reason.NO_LATENT if Version(transformers.__version__) < Version("5.23") else None
+OLD = Version(transformers.__version__) < Version("5.23")
+EXPANDED = {Reason.NO_LATENT, Reason.VALUE} if OLD else set()
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 
 
@@ -70,7 +71,7 @@ class Model:
     cls: str
     config: dict[str, Any] = field(default_factory=dict)
     layers: int = 2  # with MLA
-    refused: Reason | None = None  # all of them
+    refused: Set[Reason] = frozenset()  # all of them, for one of these
     others: int = 0  # softmaxes that are no attention, reported as ESCAPE
     attentions: tuple[str, ...] = ("eager", "sdpa")
     dynamo: dict[str, Any] = field(default_factory=dict)  # settings it needs to become one graph
@@ -80,11 +81,12 @@ class Model:
         return 0 if self.refused else self.layers
 
     @property
-    def misses(self) -> Counter[Reason]:
-        expected = Counter({Reason.ESCAPE: self.others})
-        if self.refused:
-            expected[self.refused] += self.layers
-        return +expected
+    def missed(self) -> int:
+        return self.others + self.layers - self.rewritten
+
+    def expects(self, misses: Counter[Reason]) -> bool:
+        attentions = misses - Counter({Reason.ESCAPE: self.others})
+        return misses.total() == self.missed and attentions.keys() <= self.refused
 
     @property
     def cases(self) -> list[Case]:
@@ -127,7 +129,7 @@ MODELS = {
     ),
     "glm_moe_dsa": Model("GlmMoeDsaForCausalLM", SPARSE, refused=EXPANDED),
     # A sink logit beside the scores; the model has no sdpa.
-    "hy_v4": Model("HYV4ForCausalLM", SPARSE, refused=Reason.SINKS, attentions=("eager",)),
+    "hy_v4": Model("HYV4ForCausalLM", SPARSE, refused={Reason.SINKS}, attentions=("eager",)),
     "kimi_linear": Model("KimiLinearForCausalLM", HYBRID | {"linear_num_heads": 2}, layers=1),
     # Always has experts, in a loop that breaks the graph at each: here one, and one that is empty.
     "longcat_flash": Model(

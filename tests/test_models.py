@@ -59,7 +59,7 @@ def faults(name: str, outcome: Outcome) -> list[str]:
     model = MODELS[name]
     checks = {
         f"not {model.rewritten} rewritten": outcome.rewritten == outcome.ops == model.rewritten,
-        "other misses": outcome.misses == model.misses,
+        "other misses": model.expects(outcome.misses),
         "more than twice plain PyTorch's error": outcome.error <= 2 * outcome.plain,
         "plain PyTorch's error is too large to compare with": outcome.plain < 0.1,
     }
@@ -107,7 +107,7 @@ def test_generate_with_a_static_cache_takes_the_pass_by_enable(name: str) -> Non
         result = lm.generate(ids, **arguments, compile_config=on_cpu)
     assert torch.equal(result, expected)
     model = MODELS[name]
-    assert mla_compile.counters == Counter(rewritten=model.rewritten, missed=model.misses.total())
+    assert mla_compile.counters == Counter(rewritten=model.rewritten, missed=model.missed)
 
 
 def main(names: list[str]) -> int:
