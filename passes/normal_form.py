@@ -347,10 +347,10 @@ class Evaluator:
             raise Refusal(Reason.CAUSAL, detail, call)
         if argument(call, "dropout_p", 0.0) != 0.0:
             raise Refusal(Reason.DROPOUT, "the fused attention call drops probabilities", call)
-        heads = {str(shape(x)[1]) for x in (query, key, value)}
-        if len(heads) != 1:
-            detail = f"grouped heads inside a fused attention call: {sorted(heads)}"
-            raise Refusal(Reason.LAYOUT, detail, call)
+        heads = shape(query)[1]
+        if not all(equal(shape(x)[1], 1) or equal(shape(x)[1], heads) for x in (key, value)):
+            detail = f"{shape(key)[1]} key heads for {heads} query heads in a fused attention call"
+            raise Refusal(Reason.NO_LATENT, detail, call)
         width = shape(query)[-1]
         scale = argument(call, "scale")
         scale = float(width) ** -0.5 if scale is None else float(scale)
