@@ -15,6 +15,7 @@ import pytest
 import mla_compile
 from mla_compile import passes
 
+pytestmark = pytest.mark.extra  # minutes of compilation
 DECODE = """
 import json, torch, mla_compile
 from torch._dynamo.utils import counters

@@ -19,6 +19,7 @@ import mla_compile
 from tests.spellings import Inputs, inputs
 from tests.spellings.expanded import expanded_sdpa_length_mask
 
+pytestmark = pytest.mark.extra  # minutes of compilation
 SAMPLE = inputs()
 READ = ("q_nope", "q_pe", "kv_c", "k_pe", "w", "lens")
 LOAD = """

@@ -241,26 +241,6 @@ def test_a_program_computes_the_same(kind: str, capsys: pytest.CaptureFixture[st
 
 
 @torch.no_grad()
-def check_dynamo(program: Program, tally: Tally) -> None:
-    """torch.compile finds the same attentions in the same graph."""
-    program = replace(program, dynamic=False)
-    traced, compiled = Traced(program), Traced(program)
-    traced.trace(program)
-    compiled(inputs(program.sizes).to(program.dtype))
-    tally.add(compiled)
-    assert calls(traced.modules[0]) == calls(compiled.modules[0])
-
-
-def calls(module: GraphModule) -> list[Any]:
-    module.graph.eliminate_dead_code()
-    return [n.target for n in module.graph.find_nodes(op="call_function")]
-
-
-def test_dynamo_gives_the_same_graphs() -> None:
-    assert fuzz(programs() | mutants(), check_dynamo, settings(CI, max_examples=6)).graphs == 6
-
-
-@torch.no_grad()
 def test_inductor_computes_the_same() -> None:
     choices = {name: values[0] for name, values in CHOICES.items()}
     program = Program(Sizes(B=2, Sq=1, Skv=16, N=3, Lkv=16, R=4, P=8, V=12), **choices)

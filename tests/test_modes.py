@@ -16,6 +16,8 @@ from tests.spellings import inputs
 from tests.spellings.expanded import expanded_sdpa_length_mask as decode
 from tests.test_recognise import error
 
+pytestmark = pytest.mark.extra  # minutes of compilation
+
 
 class Seeing(CustomGraphPass):
     """Somebody else's pass: does it see the op, or still the attention?"""
