@@ -132,4 +132,4 @@ def test_the_log_tells_what_was_done(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, inductor.__name__):
         torch.compile(deepseek_absorbed, backend="mla")(inputs())
     assert "rewritten" in caplog.text
-    assert "spellings.py:" in caplog.text
+    assert "absorbed.py:" in caplog.text
