@@ -230,7 +230,9 @@ KINDS: dict[str, tuple[st.SearchStrategy[Any], Callable[..., None], int, int, fl
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.extra] if k == "rewired" else []) for k in KINDS]
+)
 def test_a_program_computes_the_same(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     strategy, check, graphs, cases, floor = KINDS[kind]
     tally = fuzz(strategy, check, settings(CI, max_examples=cases))
