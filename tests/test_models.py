@@ -1,7 +1,7 @@
 """Every MLA model of transformers: each MLA layer is rewritten, or refused for a listed reason.
 
-pytest runs one case of each model, with --all-cases another that differs in everything. `python -m tests.test_models` runs
-all of all, or of the models that it is given, and prints the table.
+pytest runs one case of each model, with --all-cases another that differs in everything.
+`python -m tests.test_models` runs all, or those of the models given, and prints the table.
 """
 
 from __future__ import annotations
