@@ -51,10 +51,6 @@ RENAMES = frozenset(
 
 
 SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default})
-# Writes into a copy of their first argument.
-WRITES = frozenset(
-    {aten.index_put.default, aten.slice_scatter.default, aten.select_scatter.default}
-)
 
 
 def readers(node: Node) -> list[Node]:

@@ -15,8 +15,8 @@ from torch.fx import Graph, Node
 from mla_compile.passes.graph import (
     CONTRACTIONS,
     FLOATS,
-    WRITES,
     Size,
+    aten,
     divides,
     dtype,
     equal,
@@ -215,7 +215,8 @@ def computed_for(tokens: Size, node: Node) -> Iterator[Node]:
     todo, seen = [node], {node}
     while todo:
         yield (node := todo.pop())
-        inputs = [node.args[0]] if node.target in WRITES else node.all_input_nodes
+        written = node.target is aten.index_put.default  # into the cache, of new tokens only
+        inputs = [node.args[0]] if written else node.all_input_nodes
         before = [x for x in inputs if x not in seen]
         todo += [x for x in before if not is_tensor(x) or any(divides(tokens, n) for n in shape(x))]
         seen |= {*before}
