@@ -68,3 +68,7 @@ class Compiled:
 
     def count(self, *targets: Any) -> int:
         return sum(n.target in targets for graph in self.graphs for n in graph.nodes)
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()

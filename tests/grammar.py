@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -179,6 +179,10 @@ def visible(kind: str, x: Inputs, Skv: int) -> Tensor:
     return x.keep[..., :Skv]
 
 
+# The same masks without a finite fill.
+INFINITE = {"finfo.min": "masked_fill", "added": "added -inf"}
+
+
 def over_heads(k: Tensor, N: int, how: str) -> Tensor:
     """[B, Skv, D] as [B, N, Skv, D]"""
     k = k[:, None]
@@ -252,6 +256,12 @@ class Program:
         found |= set() if self.absorbed else {"expanded keys", "expanded values"}
         found |= set() if self.hide == "nothing" else {"mask"}
         return found
+
+    @property
+    def honest(self) -> Program:
+        """Where a row sees no token, a finite fill rounds the log of logsumexp away: rather NaN."""
+        rounded = self.softmax == "logsumexp" and not self.sdpa
+        return replace(self, mask=INFINITE.get(self.mask, self.mask)) if rounded else self
 
     def __call__(self, x: Inputs) -> tuple[Tensor, ...]:
         """The output and, if a mutation uses something again, that."""

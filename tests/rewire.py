@@ -22,7 +22,7 @@ def rewire(module: GraphModule, which: int, how: int) -> str:
     user, source = edges[which % len(edges)]
     name, change = (ways := changes(source, user))[how % len(ways)]
     with module.graph.inserting_before(user):
-        user.replace_input_with(source, change(source))
+        user.replace_input_with(source, laid_out(change(source), source.meta["val"]))
     inputs = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
     mode = inputs[0].fake_mode
     FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
@@ -58,12 +58,12 @@ def changes(source: Node, user: Node) -> list[Change]:
         ]
     if t.dim() > 1 and t.shape[-1] == t.shape[-2]:
         order = [*range(t.dim() - 2), t.dim() - 1, t.dim() - 2]
-        ways.append(("transposed", lambda x: copied(call(aten.permute.default, (x, order)))))
+        ways.append(("transposed", lambda x: call(aten.permute.default, (x, order))))
     if t.dtype in (torch.int32, torch.int64):
         return ways  # any other integers may be no indices
     for other in itertools.takewhile(lambda n: n is not user, user.graph.nodes):
         if other is not source and is_tensor(other) and like(other.meta["val"], t):
-            ways.append((f"instead {other.name}", partial(replaced, other)))
+            ways.append((f"instead {other.name}", lambda x, other=other: other))
     return ways
 
 
@@ -71,15 +71,13 @@ def like(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def copied(x: Node) -> Node:
-    """In memory as a view of it may need it."""
-    return x.graph.call_function(
-        aten.clone.default, (x,), {"memory_format": torch.contiguous_format}
-    )
-
-
-def replaced(other: Node, x: Node) -> Node:
-    return copied(other)
+def laid_out(x: Node, t: Tensor) -> Node:
+    """In memory in the order of `t`, of which a view is taken later."""
+    call, dims = x.graph.call_function, range(t.dim())
+    order = sorted(dims, key=t.stride, reverse=True)
+    x = call(aten.permute.default, (x, order))
+    x = call(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+    return call(aten.permute.default, (x, [order.index(d) for d in dims]))
 
 
 def reversed_along(dim: int, x: Node) -> Node:

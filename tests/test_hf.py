@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import mla_compile
-from tests.compiling import NAIVE, OP, Compiled
+from tests.compiling import NAIVE, OP, Compiled, error
 from tests.models import CACHES, MODELS, PROMPT, build, decode
-from tests.test_recognise import error
 
 LAYERS = MODELS["deepseek_v3"].layers
 model = partial(build, "deepseek_v3")

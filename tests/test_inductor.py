@@ -17,10 +17,10 @@ from torch.fx import Graph
 import mla_compile
 from mla_compile.passes import inductor
 from mla_compile.passes.inductor import MLAPass
+from tests.compiling import error
 from tests.spellings import inputs
 from tests.spellings.absorbed import deepseek_absorbed
 from tests.spellings.expanded import expanded_sdpa_length_mask
-from tests.test_recognise import error
 
 
 class Counting(CustomGraphPass):

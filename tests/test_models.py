@@ -20,9 +20,8 @@ from transformers import CompileConfig
 import mla_compile
 from bench.common import say, table
 from mla_compile.passes.site import Reason
-from tests.compiling import OP, Compiled
+from tests.compiling import OP, Compiled, error
 from tests.models import CACHES, MODELS, PROMPT, Case, build, decode, missing
-from tests.test_recognise import error
 
 
 @dataclass(frozen=True)

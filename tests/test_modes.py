@@ -11,10 +11,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import mla_compile
-from tests.compiling import OP
+from tests.compiling import OP, error
 from tests.spellings import inputs
 from tests.spellings.expanded import expanded_sdpa_length_mask as decode
-from tests.test_recognise import error
 
 pytestmark = pytest.mark.extra  # minutes of compilation
 

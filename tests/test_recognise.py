@@ -12,7 +12,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from mla_compile.passes.inductor import MLAPass
 from mla_compile.passes.site import Reason
-from tests.compiling import NAIVE, OP, Compiled
+from tests.compiling import NAIVE, OP, Compiled, error
 from tests.negatives import NEGATIVES
 from tests.spellings import (
     CALLS,
@@ -51,10 +51,6 @@ GATHERS = {torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default}
 
 # Python loops over the sequences: their number is a constant of the graph.
 STATIC = {paged.requests_by_slot_with_lse}
-
-
-def error(result: Tensor, exact: Tensor) -> float:
-    return ((result.double() - exact).norm() / exact.norm()).item()
 
 
 def both(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
