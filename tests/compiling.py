@@ -71,4 +71,5 @@ class Compiled:
 
 
 def error(result: Tensor, exact: Tensor) -> float:
-    return ((result.double() - exact).norm() / exact.norm()).item()
+    relative: float = ((result.double() - exact).norm() / exact.norm()).item()
+    return relative

@@ -63,7 +63,7 @@ def changes(source: Node, user: Node) -> list[Change]:
         return ways  # any other integers may be no indices
     for other in itertools.takewhile(lambda n: n is not user, user.graph.nodes):
         if other is not source and is_tensor(other) and like(other.meta["val"], t):
-            ways.append((f"instead {other.name}", lambda x, other=other: other))
+            ways.append((f"instead {other.name}", partial(replaced, other)))
     return ways
 
 
@@ -78,6 +78,10 @@ def laid_out(x: Node, t: Tensor) -> Node:
     x = call(aten.permute.default, (x, order))
     x = call(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
     return call(aten.permute.default, (x, [order.index(d) for d in dims]))
+
+
+def replaced(other: Node, x: Node) -> Node:
+    return other
 
 
 def reversed_along(dim: int, x: Node) -> Node:
