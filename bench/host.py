@@ -18,7 +18,7 @@ from triton.runtime import driver
 from mla_compile.kernels import decode
 from mla_compile.kernels.cdna3 import cdna3_kernel
 from mla_compile.kernels.cdna4 import cdna4_kernel
-from mla_compile.kernels.combine import combine_kernel
+from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
 from mla_compile.kernels.sm90 import sm90_kernel
 from mla_compile.kernels.split import split_kernel
 from mla_compile.validate import validate
@@ -26,7 +26,7 @@ from mla_compile.validate import validate
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, float]
 
 
-KERNELS = (split_kernel, cdna3_kernel, cdna4_kernel, sm90_kernel, combine_kernel)
+KERNELS = (split_kernel, cdna3_kernel, cdna4_kernel, sm90_kernel, combine_kernel, combine_rows_kernel)
 ARCHS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),

@@ -26,7 +26,7 @@ def run(problem: Problem, device: str, config: Config | None = None) -> tuple[Te
     out, lse = outputs(problem, device)
     call = validate(*problem.args, **problem.options)
     splits = problem.case.num_kv_splits
-    workspace = torch.full((workspace_numel(call.dims, splits or 300),), math.nan, device=device)
+    workspace = torch.full((workspace_numel(call.dims, splits or 300) + 10**7,), math.nan, device=device)
     launch(call, out, lse, splits, workspace, config)
     return out, lse
 
@@ -59,6 +59,18 @@ GLUON_CASES = [
         for N in (16, 63, 64, 128)
         for splits in (1, 5)
     ],
+    *[
+        Case(f"evenly, {N} heads, pages of {page_size}", LONG, 1, N, 512, 64, page_size=page_size)
+        for N in (16, 63, 128)
+        for page_size in (1, 64, 37)
+    ],
+    Case("evenly, one long among short", (7, 8192, *[60] * 70, 0), 1, 128, 512, 64),
+    Case("evenly, one long and causal", (9, 4096, 300, 0), 4, 40, 512, 64, page_size=64),
+    Case("evenly, ragged tokens", (900, 4096, 1, 700), (3, 1, 0, 5), 128, 512, 64),
+    Case("evenly, block table", LONG, 2, 128, 512, 64, page_size=64, paging="table"),
+    Case("evenly, dense", LONG, 1, 128, 512, 64, paging="dense"),
+    Case("evenly, more sequences than groups", tuple(range(0, 400, 3)), 1, 128, 512, 64),
+    Case("evenly, nothing", (0, 0, 0), 1, 128, 512, 64),
     Case("long, three tokens of 128 heads", LONG, 3, 128, 512, 64, page_size=64),
     Case("long, four tokens of 16 heads", LONG, 4, 16, 512, 64, num_kv_splits=2),
     Case("long, fp16", LONG, 1, 128, 512, 64, torch.float16, page_size=1),

@@ -81,21 +81,19 @@ def claim(
 
 @gluon.jit
 def item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N: gl.constexpr):
-    """Block and keys number `pid`; hi <= lo where there is nothing to attend to."""
-    starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size = lengths
-    row_blocks = gl.cdiv(max_seqlen_q * N, BLOCK_M)
+    """Block and keys number `pid`."""
+    row_blocks = gl.cdiv(lengths[3] * N, BLOCK_M)
     row = pid % row_blocks * BLOCK_M
     split = pid // row_blocks % num_splits
-    b = (pid // row_blocks // num_splits).to(gl.int64)
+    b = pid // row_blocks // num_splits
+    return share(b, row, split, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N)
 
-    if qo_indptr_ptr is None:
-        sq = max_seqlen_q
-        q_start = b * max_seqlen_q
-    else:
-        q_start = gl.load(qo_indptr_ptr + b).to(gl.int64)
-        sq = (gl.load(qo_indptr_ptr + b + 1) - q_start).to(gl.int32)
 
-    entry = b * 0
+@gluon.jit
+def key_count(b, lengths, PAGE_SIZE: gl.constexpr):
+    """Skv of sequence `b`, and where its table entries start; `b` may be a tensor."""
+    starts_ptr, lens_ptr, _, _, page_size = lengths
+    entry = b.to(gl.int64) * 0
     if starts_ptr is None:
         kv_len = page_size if lens_ptr is None else gl.load(lens_ptr + b).to(gl.int32)
     else:
@@ -103,7 +101,21 @@ def item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N: gl.co
         pages = (gl.load(starts_ptr + b + 1) - entry).to(gl.int32)
         last = gl.load(lens_ptr + b).to(gl.int32)
         kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0)
+    return kv_len, entry
 
+
+@gluon.jit
+def share(b, row, split, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N: gl.constexpr):
+    """Block and keys of a split; hi <= lo where there is nothing to attend to."""
+    _, _, qo_indptr_ptr, max_seqlen_q, _ = lengths
+    b = b.to(gl.int64)
+    if qo_indptr_ptr is None:
+        sq = max_seqlen_q
+        q_start = b * max_seqlen_q
+    else:
+        q_start = gl.load(qo_indptr_ptr + b).to(gl.int64)
+        sq = (gl.load(qo_indptr_ptr + b + 1) - q_start).to(gl.int32)
+    kv_len, entry = key_count(b, lengths, PAGE_SIZE)
     kv_end = kv_len
     if CAUSAL:
         last_token = (gl.minimum(row + BLOCK_M, sq * N) - 1) // N

@@ -21,7 +21,8 @@ class Config:
     per_unit: int = 1  # programs a compute unit holds at once
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
     combine: float = 1 / 60  # tile-times of a program's partials, written and read back
-    persistent: bool = False  # as many programs as units, each taking one item after another
+    # As many programs as units, each taking one item after another, by a `schedule` if need be.
+    persistent: bool = False
     least: tuple[int, int] = (0, 0)  # not for so few rows with fewer keys than that in the batch
     table_stage: bool = False  # a stage is for the page table: without one, one stage less
     reload_v: bool = False  # load the K_c tile a second time as V
@@ -228,11 +229,14 @@ def workspace_numel(dims: Dims, splits: int) -> int:
     return dims.T * dims.N * splits * (dims.Lkv + 2)
 
 
-def combine_blocks(splits: int, Lkv: int) -> tuple[int, int]:
+def combine_blocks(parts: int, Lkv: int) -> tuple[int, int]:
     """BLOCK_S, BLOCK_L of the combine: at most 8192 fp32 partials in registers at once."""
-    block_s = ceil_pow2(splits)
+    block_s = ceil_pow2(parts)
     return block_s, max(16, min(ceil_pow2(Lkv), 8192 // block_s))
 
+
+MAX_EVEN = 1024  # sequences of a `schedule`; more are even enough, and every program looks at all
+MANY_ROWS = 8192  # from here on rows share a program of its combine
 
 # In units of the time one tile takes (4.7 µs on an H200 at 64 rows × 64 keys).
 PROLOGUE = 2.0  # a program's launch, query load and epilogue

@@ -18,8 +18,11 @@ import triton
 from torch import Tensor
 
 from mla_compile.contents import due, refuse
-from mla_compile.kernels.combine import combine_kernel
+from mla_compile.dims import Dims
+from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
 from mla_compile.kernels.config import (
+    MANY_ROWS,
+    MAX_EVEN,
     Config,
     ceil_pow2,
     choose,
@@ -37,7 +40,7 @@ ROCM = torch.version.hip is not None
 
 
 class Launch:
-    """A kernel with its grid and every argument but the tensors, which come first.
+    """A kernel with its grid and every argument but the tensors, which come first; None for the rest.
 
     Triton's own launch looks at 48 arguments, for longer than a small batch runs. It serves the
     first call; later ones, whose tensors have the same `facts`, go straight to what it compiled.
@@ -47,21 +50,26 @@ class Launch:
         self, kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], **options: int
     ):
         self.kernel, self.grid, self.options = kernel, grid, options
-        self.arguments = tuple([arguments[name] for name in _names(kernel)])
+        pointers, names = _names(kernel)
+        self.pointers = pointers
+        self.arguments = tuple([arguments[name] for name in names])
         self.compiled: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
+        missing = (None,) * (self.pointers - len(tensors))
         if self.compiled is not None:
-            self.compiled(*tensors, *self.arguments)
+            self.compiled(*tensors, *missing, *self.arguments)
             return
-        binary = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
+        binary = self.kernel[self.grid](*tensors, *missing, *self.arguments, **self.options)
         if binary is not None:  # the interpreter compiles nothing
             self.compiled = binary[self.grid]
 
 
 @lru_cache
-def _names(kernel: Any) -> list[str]:
-    return [name for name in kernel.arg_names if not name.endswith("_ptr")]
+def _names(kernel: Any) -> tuple[int, list[str]]:
+    """How many pointers a kernel takes, and the names of what follows them."""
+    names = [name for name in kernel.arg_names if not name.endswith("_ptr")]
+    return len(kernel.arg_names) - len(names), names
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +78,9 @@ class Plan:
 
     split: Launch
     combine: Launch | None  # None: the KV is not split
-    part_ml: int  # where the splits' (m, l) start in the workspace, after their out
+    part_ml: int  # where the parts' (m, l) start in the workspace, after their out
     workspace: int  # fp32 elements
+    even: bool = False  # by a `schedule`: what is not cut goes straight to out and lse
 
     def run(
         self,
@@ -89,8 +98,11 @@ class Plan:
         if workspace is None:
             workspace = out.new_empty(self.workspace, dtype=torch.float32)
         part_ml = workspace[self.part_ml :]
-        self.split(*inputs, workspace, part_ml, *optional)
-        self.combine(workspace, part_ml, out, lse)
+        if self.even:
+            self.split(*inputs, out, lse, *optional, workspace, part_ml)
+        else:
+            self.split(*inputs, workspace, part_ml, *optional)
+        self.combine(workspace, part_ml, out, lse, optional[3])
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -208,6 +220,8 @@ def make_plan(
     if config is None:
         config, _ = configure(call)
     row_blocks = -(-dims.Sq * dims.N // config.block_m)
+    if splits is None and config.persistent and cache.lens is not None and 1 < dims.B <= MAX_EVEN:
+        return _evenly(call, config, out_strides, workspace, units)
     if splits is None:
         tiles = -(-cache.typical_len // config.block_n)
         at_once = units * config.per_unit
@@ -219,28 +233,68 @@ def make_plan(
         return Plan(stage1, None, 0, 0)
 
     needed = workspace_numel(dims, splits)
-    if workspace is not None and workspace.numel() < needed:
-        refuse("workspace", f"at least {needed} elements", workspace.numel(), "Allocate more.")
+    _check_workspace(workspace, needed)
     rows = dims.T * dims.N
     strides = (dims.N * splits * dims.Lkv, splits * dims.Lkv, dims.Lkv)
-    block_s, block_l = combine_blocks(splits, dims.Lkv)
-    combine = Launch(
-        combine_kernel,
-        (rows, -(-dims.Lkv // block_l), 1),
-        {
-            "num_splits": splits,
-            "stride_ot": out_strides[0],
-            "stride_on": out_strides[1],
-            "N": dims.N,
-            "LKV": dims.Lkv,
-            "BLOCK_S": block_s,
-            "BLOCK_L": block_l,
-        },
-        num_warps=4,
-    )
-    part_ml = rows * splits * dims.Lkv
     stage1 = _split(call, config, (programs, items), splits, strides)
-    return Plan(stage1, combine, part_ml, needed)
+    stage2 = _combine(dims, out_strides, splits, splits=splits)
+    return Plan(stage1, stage2, rows * splits * dims.Lkv, needed)
+
+
+def _evenly(
+    call: Call,
+    config: Config,
+    out_strides: tuple[int, ...],
+    workspace: Tensor | None,
+    units: int,
+) -> Plan:
+    """By the lengths that only the device knows: see `schedule`."""
+    dims = call.dims
+    row_blocks = -(-dims.Sq * dims.N // config.block_m)
+    groups = max(units // row_blocks, 1)
+    slots, slot_rows = 2 * groups, row_blocks * config.block_m
+    part_ml = slots * slot_rows * dims.Lkv
+    needed = part_ml + 2 * slots * slot_rows + 2 * dims.B
+    _check_workspace(workspace, needed)
+    stage1 = _split(call, config, (groups * row_blocks, dims.B), 1, (*out_strides[:2], 0))
+    parts = 2 * -(-groups // dims.B)  # twice the average
+    stage2 = _combine(dims, out_strides, parts, slots=slots, slot_rows=slot_rows)
+    return Plan(stage1, stage2, part_ml, needed, even=True)
+
+
+def _combine(
+    dims: Dims,
+    out_strides: tuple[int, ...],
+    parts: int,  # of a row, as many as are expected
+    splits: int = 0,
+    slots: int = 0,
+    slot_rows: int = 0,
+) -> Launch:
+    rows = dims.B * dims.Sq * dims.N if slots else dims.T * dims.N
+    arguments = {
+        "max_seqlen_q": dims.Sq,
+        "num_splits": splits,
+        "num_slots": slots,
+        "stride_ot": out_strides[0],
+        "stride_on": out_strides[1],
+        "N": dims.N,
+        "LKV": dims.Lkv,
+        "ROWS": slot_rows,
+        "CUT": slots > 0,
+    }
+    if slots and rows > MANY_ROWS:
+        blocks = {"BLOCK_ROWS": 16, "BLOCK_R": 8, "BLOCK_L": ceil_pow2(dims.Lkv)}
+        grid = (dims.B * -(-dims.Sq * dims.N // 16), 1, 1)
+        return Launch(combine_rows_kernel, grid, arguments | blocks, num_warps=8)
+    block_s, block_l = combine_blocks(parts, dims.Lkv)
+    grid = (rows, -(-dims.Lkv // block_l), 1)
+    blocks = {"BLOCK_S": block_s, "BLOCK_L": block_l}
+    return Launch(combine_kernel, grid, arguments | blocks, num_warps=4)
+
+
+def _check_workspace(workspace: Tensor | None, needed: int) -> None:
+    if workspace is not None and workspace.numel() < needed:
+        refuse("workspace", f"at least {needed} elements", workspace.numel(), "Allocate more.")
 
 
 def _rare(call: Call) -> str:
@@ -328,6 +382,7 @@ def _split(
             "CAUSAL": call.causal,
             "MASK_ROWS": mask_rows,
             "SPLIT": splits > 1,
+            "BLOCK_B": max(32, ceil_pow2(dims.B)),
             "ALIKE": cache.kv_c.stride()[:2] == cache.k_pe.stride()[:2],
             "RELOAD_V": config.reload_v,
             "BLOCK_M": config.block_m,

@@ -8,7 +8,8 @@ They compute what `split` does and write the same out, m and l, for the common c
 `config.uncovered` is the list of what they leave to it. A tile of keys lies in shared memory once:
 transposed it is K, as it lies it is V. Its columns arrive and are released in three parts, as the
 warpgroups need them. A CTA works through items (row block, split, sequence) one after another, so
-that the keys of the next are on their way while the last is written out.
+that the keys of the next are on their way while the last is written out. Where the lengths are the
+device's secret, `schedule` says which: sequences, of which the first and the last may be cut.
 
 A row's m moves only when its scores outgrow it by 2^8: `fade` is 1 nearly always, and a warp whose
 rows all keep theirs multiplies nothing.
@@ -27,7 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 import mla_compile.kernels.cdna as cdna
-from mla_compile.kernels.cdna import LOG2E, R
+import mla_compile.kernels.schedule as schedule
+from mla_compile.kernels.cdna import LKV, LOG2E, R
 
 # Triton 3.6 has it by its first name alone.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -67,6 +69,23 @@ FADE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [*map(str, range(3
 def gather_layout():
     """[KEYS, columns] in pieces of 128 bytes, 16 a lane: what the swizzled tile has as one row."""
     return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def _item(i, key_begin, work, CALL):
+    """Block and keys number i. Of a schedule's item the block ends in its part, -1 if it is whole."""
+    _, stop, _ = work[0]
+    block, keys = cdna.item(i, work[1], work[2], CALL[0], CALL[1], CALL[2], ROWS, KEYS)
+    EVEN: gl.constexpr = CALL[3]
+    if EVEN:
+        row_blocks = gl.cdiv(work[2][3] * CALL[0], ROWS)
+        key_end = gl.where(i + row_blocks >= stop, work[3], schedule.NEVER)
+        _, hi, kv_len, b, entry = keys
+        slot = gl.program_id(0) // row_blocks * 2
+        part = gl.where(key_begin > 0, slot, gl.where(key_end < kv_len, slot + 1, -1))
+        block = (block[0], block[1], block[2], part)
+        keys = (key_begin, gl.minimum(hi, key_end), kv_len, b, entry)
+    return block, keys
 
 
 @gluon.jit
@@ -110,15 +129,18 @@ def _fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr):
 def _gather(work, CALL, caches, strides, tiles, full, empty, ALIKE: gl.constexpr):
     C: gl.constexpr = gather_layout()
     PAGE_SIZE: gl.constexpr = CALL[1]
-    num_items, num_splits, lengths = work
+    begin, stop, step = work[0]
+    lengths = work[2]
     kv_c_ptr, k_pe_ptr, table_ptr = caches
     stride_cp, stride_cs, stride_kp, stride_ks, stride_table = strides
     left, right, last, rope = tiles
     # In elements, 8 at a time. A second set of pointers does not fit into 24 registers.
     apart = (k_pe_ptr.to(gl.int64) - kv_c_ptr.to(gl.int64)) // 16 * 8
     g = 0
-    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        _, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
+    key_begin = work[4]
+    for i in range(begin, stop, step):
+        _, keys = _item(i, key_begin, work, CALL)
+        key_begin = 0
         lo, hi, _, b, entry = keys
         table = table_ptr
         if PAGE_SIZE > 0:
@@ -192,23 +214,27 @@ def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
 
 
 @gluon.jit
-def _scores(work, CALL, queries, strides, scale, lse_ptr, tiles, full, shared, SPLIT):
+def _scores(work, CALL, queries, strides, scale, sums, tiles, full, shared, SPLIT):
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     C: gl.constexpr = gather_layout()
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     N: gl.constexpr = CALL[0]
     CAUSAL: gl.constexpr = CALL[2]
+    EVEN: gl.constexpr = CALL[3]
     # With whole blocks of one token's heads, `hi` is where the causal diagonal passes.
     DIAGONAL: gl.constexpr = CAUSAL and N % ROWS != 0
-    num_items, num_splits, lengths = work
+    begin, stop, step = work[0]
+    lse_ptr, part_ml_ptr = sums
     q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem = queries
     stride_qt, stride_qn, stride_pt, stride_pn = strides
     p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
     g = 0
     turn = 0
-    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        block, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
+    key_begin = work[4]
+    for i in range(begin, stop, step):
+        block, keys = _item(i, key_begin, work, CALL)
+        key_begin = 0
         lo, hi, _, _, _ = keys
         m_i = gl.full([ROWS], UNSEEN, gl.float32, ROW)
         l_i = gl.zeros([ROWS], gl.float32, ROW)
@@ -252,21 +278,37 @@ def _scores(work, CALL, queries, strides, scale, lse_ptr, tiles, full, shared, S
             mbarrier.arrive(sum_full.index(turn & 1), count=1)
             turn += 1
         m_i = gl.where(l_i > 0, m_i, float("-inf"))
-        cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, ROWS, ROW)
+        if not EVEN:
+            cdna.store_sums(lse_ptr, m_i, l_i, block, work[1], N, SPLIT, ROWS, ROW)
+        elif block[3] < 0:
+            cdna.store_sums(lse_ptr, m_i, l_i, block, 1, N, False, ROWS, ROW)
+        else:
+            part = part_ml_ptr + block[3] * (gl.cdiv(work[2][3] * N, ROWS) * ROWS * 2)
+            cdna.store_sums(part, m_i, l_i, _alone(block), 1, N, True, ROWS, ROW)
 
 
 @gluon.jit
-def _values(work, CALL, out_ptr, strides, v, v_empty, shared, STAGES, WHOLE: gl.constexpr):
+def _alone(block):
+    """The rows of a block counted from the first of its sequence, as parts have them."""
+    return block[0], block[1] * 0, block[2], block[2] * 0
+
+
+@gluon.jit
+def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.constexpr):
     """Two accumulators of PART columns. WHOLE: both have their V in one tile, released at once."""
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, A)
     N: gl.constexpr = CALL[0]
-    num_items, num_splits, lengths = work
+    EVEN: gl.constexpr = CALL[3]
+    begin, stop, step = work[0]
+    out_ptr, part_out_ptr = outs
     p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
     g = 0
     turn = 0
-    for pid in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        block, keys = cdna.item(pid, num_splits, lengths, CALL[0], CALL[1], CALL[2], ROWS, KEYS)
+    key_begin = work[4]
+    for i in range(begin, stop, step):
+        block, keys = _item(i, key_begin, work, CALL)
+        key_begin = 0
         lo, hi, _, _, _ = keys
         acc0 = gl.zeros([ROWS, PART], gl.float32, A)
         acc1 = gl.zeros([ROWS, PART], gl.float32, A)
@@ -297,8 +339,16 @@ def _values(work, CALL, out_ptr, strides, v, v_empty, shared, STAGES, WHOLE: gl.
             acc0 *= scale[:, None]
             acc1 *= scale[:, None]
             turn += 1
-        cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
-        cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
+        if not EVEN:
+            cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
+            cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
+        elif block[3] < 0:
+            cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
+            cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
+        else:
+            part = part_out_ptr + block[3] * (gl.cdiv(work[2][3] * N, ROWS) * ROWS * LKV)
+            cdna.store_out(part, acc0, _alone(block), (N * LKV, LKV, 0), N, ROWS, A)
+            cdna.store_out(part + PART, acc1, _alone(block), (N * LKV, LKV, 0), N, ROWS, A)
 
 
 @gluon.jit
@@ -324,6 +374,8 @@ def sm90_kernel(
     mask_ptr,  # None, as the scales: a call with one goes to `split`
     q_scale_ptr,
     k_scale_ptr,
+    part_out_ptr,  # fp32 [2 * groups, row blocks, ROWS, LKV] of a `schedule`, else None
+    part_ml_ptr,  # (m, l) as [2 * groups, row blocks, ROWS, 2], then `schedule`'s cuts
     sm_scale,
     max_seqlen_q,
     page_size,
@@ -346,6 +398,7 @@ def sm90_kernel(
     CAUSAL: gl.constexpr,
     SPLIT: gl.constexpr,  # the KV is split: write what `combine` merges
     ALIKE: gl.constexpr,  # kv_c and k_pe have the same strides
+    BLOCK_B: gl.constexpr,  # a power of two, from `num_items` on where that counts sequences
 ):
     DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -376,7 +429,22 @@ def sm90_kernel(
     q_strides = (stride_qt, stride_qn, stride_pt, stride_pn)
     out_strides = (stride_ot, stride_on, stride_os)
     lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
-    work = (num_items, num_splits, lengths)
+    EVEN: gl.constexpr = part_out_ptr is not None
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    outs = (out_ptr, None), (out_ptr + HALF, None)
+    work = ((pid, num_items, programs), num_splits, lengths, 0, 0)
+    if EVEN:
+        row_blocks = gl.cdiv(max_seqlen_q * N, ROWS)
+        groups = programs // row_blocks
+        cut_ptr = part_ml_ptr + programs * (4 * ROWS)
+        stretch, keys = schedule.stretch(
+            lengths, num_items, pid // row_blocks, groups, cut_ptr, PAGE_SIZE, KEYS, BLOCK_B
+        )
+        begin, stop, step = stretch
+        items = (begin * row_blocks + pid % row_blocks, stop * row_blocks, step * row_blocks)
+        work = (items, num_splits, lengths, keys[1], keys[0])
+        outs = (out_ptr, part_out_ptr), (out_ptr + HALF, part_out_ptr + HALF)
     tiles = (left, right, last, rope)
     full = (left_full, right_full, last_full)
     empty = (left_empty, right_empty, last_empty)
@@ -384,13 +452,13 @@ def sm90_kernel(
     far = (right, last), (right_empty, last_empty)
     shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full)
     scale = sm_scale * LOG2E
-    out_right = out_ptr + HALF
-    CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL)
+    sums = (lse_ptr, part_ml_ptr)
+    CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL, EVEN)
     gl.warp_specialize(
         [
-            (_scores, (work, CALL, queries, q_strides, scale, lse_ptr, tiles, full, shared, SPLIT)),
-            (_values, (work, CALL, out_ptr, out_strides, near[0], near[1], shared, LEFT, True)),
-            (_values, (work, CALL, out_right, out_strides, far[0], far[1], shared, RIGHT, False)),
+            (_scores, (work, CALL, queries, q_strides, scale, sums, tiles, full, shared, SPLIT)),
+            (_values, (work, CALL, outs[0], out_strides, near[0], near[1], shared, LEFT, True)),
+            (_values, (work, CALL, outs[1], out_strides, far[0], far[1], shared, RIGHT, False)),
             (_gather, (work, CALL, caches, cache_strides, tiles, full, empty, ALIKE)),
         ],
         [4, 4, 4],
