@@ -16,7 +16,7 @@ from bench.host import KERNELS, Inputs, dense, stub
 from mla_compile.kernels import decode
 
 B, N, SKV = 2, 32, 256
-WORKSPACE = torch.empty(2**20)
+WORKSPACE = torch.empty(2**24)
 
 
 def paged(page_size: int) -> dict[str, Any]:

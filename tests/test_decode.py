@@ -26,7 +26,9 @@ def run(problem: Problem, device: str, config: Config | None = None) -> tuple[Te
     out, lse = outputs(problem, device)
     call = validate(*problem.args, **problem.options)
     splits = problem.case.num_kv_splits
-    workspace = torch.full((workspace_numel(call.dims, splits or 300) + 10**7,), math.nan, device=device)
+    workspace = torch.full(
+        (workspace_numel(call.dims, splits or 300) + 10**7,), math.nan, device=device
+    )
     launch(call, out, lse, splits, workspace, config)
     return out, lse
 
@@ -53,6 +55,36 @@ GLUON_CASES = [
         for case in CASES
         if (case.Lkv, case.R, case.dtype.itemsize, case.cache_dtype) == (32, 16, 2, None)
         and not (case.mask or case.logit_cap or case.scaled)
+    ],
+    *[
+        Case(
+            f"mask: {mask}, {dtype}, {splits} splits",
+            tuple(n for n in LONG if n) if splits else (300, 1, 70, 1100),
+            1,
+            N,
+            512,
+            64,
+            dtype,
+            paging="dense",
+            mask=mask,
+            mask_fill=fill,
+            num_kv_splits=splits,
+        )
+        for mask, fill in (
+            ("length", None),
+            ("left padded", None),
+            ("holes", None),
+            ("holes", torch.finfo(torch.bfloat16).min),
+            ("nothing for one", torch.finfo(torch.float32).min),
+            ("length", -5.0),
+            ("one column", None),
+            ("additive per key", None),
+            ("additive lowest", None),
+            ("additive lowest everywhere", None),
+            ("additive lowest and -inf", None),
+            ("additive lowest but last", None),
+        )
+        for dtype, N, splits in ((torch.bfloat16, 128, None), (torch.float16, 40, 3))
     ],
     *[
         Case(f"long, {N} heads, {splits} splits", LONG, 1, N, 512, 64, num_kv_splits=splits)

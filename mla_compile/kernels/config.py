@@ -23,11 +23,14 @@ class Config:
     combine: float = 1 / 60  # tile-times of a program's partials, written and read back
     # As many programs as units, each taking one item after another, by a `schedule` if need be.
     persistent: bool = False
+    covers: tuple[str, ...] = ()  # rare features it has, which other Gluon kernels lack
     least: tuple[int, int] = (0, 0)  # not for so few rows with fewer keys than that in the batch
     table_stage: bool = False  # a stage is for the page table: without one, one stage less
     reload_v: bool = False  # load the K_c tile a second time as V
     options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
 
+
+KEY_MASK = "attn_mask of keys"  # the same for all rows of a sequence, over a dense cache
 
 # From Triton 3.10 on a multiplication and an addition are fused only on demand.
 _FUSED = (("enable_fp_fusion", True),)
@@ -101,6 +104,7 @@ GLUON: dict[str, tuple[Config, ...]] = {
             kernel="sm90",
             # 549-565 TF/s where the portable kernel has 245; 520-542 with the L2 flushed.
             persistent=True,
+            covers=(KEY_MASK,),
             # 16 heads: 13.4-17.1 µs where the portable kernel takes 13.2-15.0; from here on less.
             least=(16, 8192),
             options=_FUSED,
@@ -163,9 +167,11 @@ def tuned_arch(arch: str, triton_version: str) -> str:
     return f"{arch}-{'3.7' if version == (3, 7) else '3.6'}"
 
 
-def uncovered(*, Lkv: int, R: int, q_bytes: int, kv_bytes: int, rare: str) -> str:
-    """What of a call the Gluon kernels leave to the portable one; "" if nothing."""
-    if rare:
+def uncovered(
+    table: tuple[Config, ...], *, Lkv: int, R: int, q_bytes: int, kv_bytes: int, rare: str
+) -> str:
+    """What of a call an arch's Gluon kernels leave to the portable one; "" if nothing."""
+    if rare and not all(rare in config.covers for config in table):
         return rare
     if (Lkv, R) != (512, 64):
         return f"dims {Lkv} + {R}"
@@ -187,11 +193,11 @@ def choose(
 ) -> tuple[Config, str]:
     """The config of a call, and why.
 
-    `keys` are those of the batch, if known. `rare` names a feature that only the portable kernel
-    has.
+    `keys` are those of the batch, if known. `rare` names a feature that Gluon kernels lack, but for
+    those whose config covers it.
     """
     table = GLUON.get(arch, ())
-    missing = uncovered(Lkv=Lkv, R=R, q_bytes=q_bytes, kv_bytes=kv_bytes, rare=rare)
+    missing = uncovered(table, Lkv=Lkv, R=R, q_bytes=q_bytes, kv_bytes=kv_bytes, rare=rare)
     if pinned and pinned not in {"portable", *(c.kernel for c in table)}:
         has = " or ".join(["portable", *sorted({c.kernel for c in table})])
         refuse("MLA_COMPILE_KERNEL", f"{has} on {arch}", pinned, "Unset it to let the table pick.")

@@ -8,7 +8,6 @@ decided once: whether it is valid, its `Plan`, and what Triton specialises its k
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +20,7 @@ from mla_compile.contents import due, refuse
 from mla_compile.dims import Dims
 from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
 from mla_compile.kernels.config import (
+    KEY_MASK,
     MANY_ROWS,
     MAX_EVEN,
     Config,
@@ -31,45 +31,13 @@ from mla_compile.kernels.config import (
     tuned_arch,
     workspace_numel,
 )
+from mla_compile.kernels.launch import Launch
 from mla_compile.kernels.split import split_kernel
 from mla_compile.validate import Call, output_dtype, validate
 
 ALL_KEYS = 2**31 - 1  # columns of a mask whose one column stands for every key
 MAX_PLANS = 1024  # kept at once, a few KB each; a cache that grows needs a new one every step
 ROCM = torch.version.hip is not None
-
-
-class Launch:
-    """A kernel with its grid and every argument but the tensors, which come first; None for the rest.
-
-    Triton's own launch looks at 48 arguments, for longer than a small batch runs. It serves the
-    first call; later ones, whose tensors have the same `facts`, go straight to what it compiled.
-    """
-
-    def __init__(
-        self, kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], **options: int
-    ):
-        self.kernel, self.grid, self.options = kernel, grid, options
-        pointers, names = _names(kernel)
-        self.pointers = pointers
-        self.arguments = tuple([arguments[name] for name in names])
-        self.compiled: Callable[..., None] | None = None
-
-    def __call__(self, *tensors: Tensor | None) -> None:
-        missing = (None,) * (self.pointers - len(tensors))
-        if self.compiled is not None:
-            self.compiled(*tensors, *missing, *self.arguments)
-            return
-        binary = self.kernel[self.grid](*tensors, *missing, *self.arguments, **self.options)
-        if binary is not None:  # the interpreter compiles nothing
-            self.compiled = binary[self.grid]
-
-
-@lru_cache
-def _names(kernel: Any) -> tuple[int, list[str]]:
-    """How many pointers a kernel takes, and the names of what follows them."""
-    names = [name for name in kernel.arg_names if not name.endswith("_ptr")]
-    return len(kernel.arg_names) - len(names), names
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,14 +188,15 @@ def make_plan(
     if config is None:
         config, _ = configure(call)
     row_blocks = -(-dims.Sq * dims.N // config.block_m)
-    if splits is None and config.persistent and cache.lens is not None and 1 < dims.B <= MAX_EVEN:
+    secret = cache.lens is not None and 1 < dims.B <= MAX_EVEN  # lengths that may differ
+    if splits is None and config.persistent and secret and call.mask is None:
         return _evenly(call, config, out_strides, workspace, units)
     if splits is None:
         tiles = -(-cache.typical_len // config.block_n)
         at_once = units * config.per_unit
         splits = num_splits(dims.B * row_blocks, tiles, at_once, config.stream, config.combine)
     items = row_blocks * splits * dims.B
-    programs = min(items, units) if config.persistent else items
+    programs = min(items, units) if config.persistent and call.mask is None else items
     if splits == 1:
         stage1 = _split(call, config, (programs, items), 1, (*out_strides[:2], 0))
         return Plan(stage1, None, 0, 0)
@@ -304,14 +273,25 @@ def _rare(call: Call) -> str:
     aligned = all(
         t.data_ptr() % 16 == 0 and not any(s % 16 for s in t.stride()[:2]) for t in inputs
     )
+    key_mask = call.mask is not None and not _mask_rows(call) and call.cache.table is None
     features = {
-        "attn_mask": call.mask is not None,
+        "attn_mask": call.mask is not None and not key_mask,
         "logit_cap": call.logit_cap > 0,
         "q_scale or k_scale": call.q_scale is not None or call.k_scale is not None,
         "sm_scale of 0 or less": call.sm_scale <= 0,
         "strides that are not multiples of 16": not aligned,
+        KEY_MASK: key_mask,
     }
     return next((name for name, present in features.items() if present), "")
+
+
+def _mask_rows(call: Call) -> bool:
+    """Whether what the mask hides differs between the rows of a sequence."""
+    if call.mask is None:
+        return False
+    _, stride_n, stride_q, _ = call.mask.stride()
+    varies = (stride_n != 0 and call.dims.N > 1) or (stride_q != 0 and call.dims.Sq > 1)
+    return varies or call.causal
 
 
 def _stage1(kernel: str) -> Any:
@@ -339,13 +319,11 @@ def _split(
 ) -> Launch:
     dims, cache, mask = call.dims, call.cache, call.mask
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    mask_columns, mask_rows = 0, False
+    mask_columns = 0
     if mask is not None:
         mask_strides, mask_columns = mask.stride(), mask.shape[3]
         if mask_columns == 1:
             mask_strides, mask_columns = (*mask_strides[:3], 0), ALL_KEYS
-        varies = (mask_strides[1] != 0 and dims.N > 1) or (mask_strides[2] != 0 and dims.Sq > 1)
-        mask_rows = varies or call.causal
     return Launch(
         _stage1(config.kernel),
         (work[0], 1, 1),
@@ -380,7 +358,7 @@ def _split(
             "R": dims.R,
             "PAGE_SIZE": cache.page_size if cache.table is not None else 0,
             "CAUSAL": call.causal,
-            "MASK_ROWS": mask_rows,
+            "MASK_ROWS": _mask_rows(call),
             "SPLIT": splits > 1,
             "BLOCK_B": max(32, ceil_pow2(dims.B)),
             "ALIKE": cache.kv_c.stride()[:2] == cache.k_pe.stride()[:2],

@@ -28,155 +28,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 import mla_compile.kernels.cdna as cdna
+import mla_compile.kernels.hopper as hopper
 import mla_compile.kernels.schedule as schedule
 from mla_compile.kernels.cdna import LKV, LOG2E, R
+from mla_compile.kernels.gather import HALF, LEFT, PART, RIGHT, copy_rows, gather, gather_layout
+from mla_compile.kernels.hopper import KEYS, ROWS
+from mla_compile.kernels.split import HIDDEN
 
-# Triton 3.6 has it by its first name alone.
-copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-
-ROWS: gl.constexpr = gl.constexpr(64)  # of a block, what one wgmma has
-KEYS: gl.constexpr = gl.constexpr(64)  # of a tile
-HALF: gl.constexpr = gl.constexpr(256)  # columns of V of a warpgroup: 128 registers a thread
-PART: gl.constexpr = gl.constexpr(128)  # columns of V of one wgmma; 256 do not fit 128 registers
-# Tiles in shared memory: 225 of its 227 KB. The left half is wanted earlier by half a tile-time.
-LEFT: gl.constexpr = gl.constexpr(3)
-RIGHT: gl.constexpr = gl.constexpr(2)
 LAG: gl.constexpr = gl.constexpr(8.0)  # powers of two by which scores may outgrow m
-UNSEEN: gl.constexpr = gl.constexpr(-1e30)  # m before the first key: finite, for -inf - -inf is NaN
+UNSEEN: gl.constexpr = gl.constexpr(-3.3e38)  # m before the first key: -inf - -inf is NaN
 # Registers a thread of values, values and gather; scores has what is left of 512: 168.
 REGISTERS: gl.constexpr = gl.constexpr([160, 160, 24])
 
 
-def _fade_asm(n: int) -> str:
-    """Multiply n accumulators unless both factors are 1 in all lanes of the warp.
-
-    A lane's accumulators belong to two rows: of each four, two to the first, two to the second.
-    """
-    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
-    return (
-        f"{{ .reg .pred p; setp.neu.f32 p, ${2 * n}, 0f3F800000; "
-        f"setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p; "
-        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra SKIP; {multiply} SKIP: }}"
-    )
-
-
-FADED: gl.constexpr = gl.constexpr(32)  # accumulators an asm statement takes
-FADE_ASM: gl.constexpr = gl.constexpr(_fade_asm(32))
-FADE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [*map(str, range(32))] + ["f"] * 32))
-
-
-@gluon.constexpr_function
-def gather_layout():
-    """[KEYS, columns] in pieces of 128 bytes, 16 a lane: what the swizzled tile has as one row."""
-    return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-
-
-@gluon.jit
-def _item(i, key_begin, work, CALL):
-    """Block and keys number i. Of a schedule's item the block ends in its part, -1 if it is whole."""
-    _, stop, _ = work[0]
-    block, keys = cdna.item(i, work[1], work[2], CALL[0], CALL[1], CALL[2], ROWS, KEYS)
-    EVEN: gl.constexpr = CALL[3]
-    if EVEN:
-        row_blocks = gl.cdiv(work[2][3] * CALL[0], ROWS)
-        key_end = gl.where(i + row_blocks >= stop, work[3], schedule.NEVER)
-        _, hi, kv_len, b, entry = keys
-        slot = gl.program_id(0) // row_blocks * 2
-        part = gl.where(key_begin > 0, slot, gl.where(key_end < kv_len, slot + 1, -1))
-        block = (block[0], block[1], block[2], part)
-        keys = (key_begin, gl.minimum(hi, key_end), kv_len, b, entry)
-    return block, keys
-
-
-@gluon.jit
-def _turn(g, COUNT: gl.constexpr):
-    """Which of COUNT buffers step g takes, and the phase of its barriers."""
-    g = g.to(gl.uint32)  # signed division by 2 costs registers
-    return (g % COUNT).to(gl.int32), (g // COUNT & 1).to(gl.int32)
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _fade(acc, factor):
-    acc, factor = gl.broadcast(acc, factor[:, None])
-    return gl.inline_asm_elementwise(
-        FADE_ASM, FADE_TIES, [acc, factor], dtype=gl.float32, is_pure=True, pack=FADED
-    )
-
-
-@gluon.jit
-def _copy(tile, rows, LAYOUT: gl.constexpr):
-    """From pointers to rows."""
-    cols = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    copy(tile, rows[:, None] + cols[None, :])
-
-
-@gluon.jit
-def _fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr):
-    s, phase = _turn(g, LEFT)
-    mbarrier.wait(left_empty.index(s), phase ^ 1)
-    _copy(left.index(s), rows, LAYOUT)
-    async_copy.mbarrier_arrive(left_full.index(s), increment_count=False)
-
-
-@gluon.jit
-def _gather(work, CALL, caches, strides, tiles, full, empty, ALIKE: gl.constexpr):
-    C: gl.constexpr = gather_layout()
-    PAGE_SIZE: gl.constexpr = CALL[1]
-    begin, stop, step = work[0]
-    lengths = work[2]
-    kv_c_ptr, k_pe_ptr, table_ptr = caches
-    stride_cp, stride_cs, stride_kp, stride_ks, stride_table = strides
-    left, right, last, rope = tiles
-    # In elements, 8 at a time. A second set of pointers does not fit into 24 registers.
-    apart = (k_pe_ptr.to(gl.int64) - kv_c_ptr.to(gl.int64)) // 16 * 8
-    g = 0
-    key_begin = work[4]
-    for i in range(begin, stop, step):
-        _, keys = _item(i, key_begin, work, CALL)
-        key_begin = 0
-        lo, hi, _, b, entry = keys
-        table = table_ptr
-        if PAGE_SIZE > 0:
-            table += b * stride_table if lengths[0] is None else entry
-        if lo < hi:
-            at = cdna.look_up(table, lo, hi, PAGE_SIZE, KEYS, C)
-            entries = at[1]
-            rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
-            _fetch_left(rows, left, full[0], empty[0], g, C)
-            for start in range(lo, hi, KEYS):
-                s, phase = _turn(g, RIGHT)
-                then = start + KEYS
-                at_then = cdna.look_up(table, then, hi, PAGE_SIZE, KEYS, C)
-                mbarrier.wait(empty[1].index(s), phase ^ 1)
-                _copy(right.index(s), rows + HALF, C)
-                async_copy.mbarrier_arrive(full[1].index(s), increment_count=False)
-                mbarrier.wait(empty[2].index(s), phase ^ 1)
-                _copy(last.index(s), rows + (HALF + PART), C)
-                if ALIKE:
-                    rows += apart
-                else:
-                    at = cdna.positions(start, hi, KEYS, C), entries
-                    rows = cdna.keys_at(k_pe_ptr, at, b, stride_kp, stride_ks, PAGE_SIZE)
-                _copy(rope.index(s), rows, C)
-                async_copy.mbarrier_arrive(full[2].index(s), increment_count=False)
-                entries = at_then[1]
-                at = cdna.positions(then, hi, KEYS, C), entries
-                rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
-                g += 1
-                if then < hi:
-                    _fetch_left(rows, left, full[0], empty[0], g, C)
-
-
 @gluon.jit
 def _score_left(acc, q, left, left_full, g):
-    s, phase = _turn(g, LEFT)
+    s, phase = hopper.turn(g, LEFT)
     mbarrier.wait(left_full.index(s), phase)
     fence_async_shared()
     k = left.index(s).permute((1, 0))
@@ -188,7 +55,7 @@ def _score_right(acc, q, tiles, full, g):
     q_right, q_last, q_pe = q
     _, right, last, rope = tiles
     _, right_full, last_full = full
-    s, phase = _turn(g, RIGHT)
+    s, phase = hopper.turn(g, RIGHT)
     mbarrier.wait(right_full.index(s), phase)
     fence_async_shared()
     acc = warpgroup_mma(q_right, right.index(s).permute((1, 0)), acc, is_async=True)
@@ -203,8 +70,8 @@ def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
     """One online step in powers of two. P is handed on as soon as it is there, summed later."""
     top = gl.max(s, 1)
     m_new = gl.where(top > m_i + LAG, top, m_i)
-    fade = _exp2(m_i - m_new)
-    p = _exp2(s - m_new[:, None])
+    fade = hopper.exp2(m_i - m_new)
+    p = hopper.exp2(s - m_new[:, None])
     mbarrier.wait(p_empty, (g & 1) ^ 1)
     p_smem.store(p.to(p_smem.dtype))
     fade_smem.store(fade)
@@ -214,14 +81,14 @@ def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
 
 
 @gluon.jit
-def _scores(work, CALL, queries, strides, scale, sums, tiles, full, shared, SPLIT):
+def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared, SPLIT):
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     C: gl.constexpr = gather_layout()
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     N: gl.constexpr = CALL[0]
     CAUSAL: gl.constexpr = CALL[2]
-    EVEN: gl.constexpr = CALL[3]
+    MODE: gl.constexpr = CALL[3]
     # With whole blocks of one token's heads, `hi` is where the causal diagonal passes.
     DIAGONAL: gl.constexpr = CAUSAL and N % ROWS != 0
     begin, stop, step = work[0]
@@ -233,7 +100,7 @@ def _scores(work, CALL, queries, strides, scale, sums, tiles, full, shared, SPLI
     turn = 0
     key_begin = work[4]
     for i in range(begin, stop, step):
-        block, keys = _item(i, key_begin, work, CALL)
+        block, keys = hopper.item(i, key_begin, work, CALL)
         key_begin = 0
         lo, hi, _, _, _ = keys
         m_i = gl.full([ROWS], UNSEEN, gl.float32, ROW)
@@ -242,8 +109,8 @@ def _scores(work, CALL, queries, strides, scale, sums, tiles, full, shared, SPLI
             token, head = cdna.rows_of(block, N, ROWS, gl.SliceLayout(1, C))
             query = block[1] + token
             head = head.to(gl.int64)
-            _copy(q_smem, q_nope_ptr + (query * stride_qt + head * stride_qn), C)
-            _copy(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C)
+            copy_rows(q_smem, q_nope_ptr + (query * stride_qt + head * stride_qn), C)
+            copy_rows(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C)
             async_copy.commit_group()
             q_right = cdna.load_query(
                 q_nope_ptr + HALF, block, stride_qt, stride_qn, N, ROWS, PART, Q
@@ -263,6 +130,8 @@ def _scores(work, CALL, queries, strides, scale, sums, tiles, full, shared, SPLI
             for start in range(lo, end, KEYS):
                 s = acc * scale
                 acc = _score_left(acc, q_smem, tiles[0], full[0], g + 1)
+                if MODE == "masked":
+                    s = hopper.apply_mask(s, start, hi, mask, S)
                 if DIAGONAL:
                     s = cdna.hide(s, start, block, keys, N, CAUSAL, ROWS, KEYS, S)
                 m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
@@ -270,7 +139,10 @@ def _scores(work, CALL, queries, strides, scale, sums, tiles, full, shared, SPLI
                 l_i += gl.sum(p, 1)
                 g += 1
                 acc = warpgroup_mma_wait(0, deps=[acc])
-            s = cdna.hide(acc * scale, end, block, keys, N, DIAGONAL, ROWS, KEYS, S)
+            s = acc * scale
+            if MODE == "masked":
+                s = hopper.apply_mask(s, end, hi, mask, S)
+            s = cdna.hide(s, end, block, keys, N, DIAGONAL, ROWS, KEYS, S)
             m_i, l_i, p = _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g)
             l_i += gl.sum(p, 1)
             g += 1
@@ -278,7 +150,7 @@ def _scores(work, CALL, queries, strides, scale, sums, tiles, full, shared, SPLI
             mbarrier.arrive(sum_full.index(turn & 1), count=1)
             turn += 1
         m_i = gl.where(l_i > 0, m_i, float("-inf"))
-        if not EVEN:
+        if MODE != "even":
             cdna.store_sums(lse_ptr, m_i, l_i, block, work[1], N, SPLIT, ROWS, ROW)
         elif block[3] < 0:
             cdna.store_sums(lse_ptr, m_i, l_i, block, 1, N, False, ROWS, ROW)
@@ -299,7 +171,7 @@ def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.con
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, A)
     N: gl.constexpr = CALL[0]
-    EVEN: gl.constexpr = CALL[3]
+    MODE: gl.constexpr = CALL[3]
     begin, stop, step = work[0]
     out_ptr, part_out_ptr = outs
     p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
@@ -307,17 +179,17 @@ def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.con
     turn = 0
     key_begin = work[4]
     for i in range(begin, stop, step):
-        block, keys = _item(i, key_begin, work, CALL)
+        block, keys = hopper.item(i, key_begin, work, CALL)
         key_begin = 0
         lo, hi, _, _, _ = keys
         acc0 = gl.zeros([ROWS, PART], gl.float32, A)
         acc1 = gl.zeros([ROWS, PART], gl.float32, A)
         for _ in range(lo, hi, KEYS):
-            s, _ = _turn(g, STAGES)
+            s, _ = hopper.turn(g, STAGES)
             mbarrier.wait(p_full, g & 1)
             fade = fade_smem.load(ROW)
-            acc0 = _fade(acc0, fade)
-            acc1 = _fade(acc1, fade)
+            acc0 = hopper.fade(acc0, fade)
+            acc1 = hopper.fade(acc1, fade)
             v0, v1 = v[0].index(s), v[1].index(s)
             if WHOLE:
                 v0, v1 = v0.slice(0, PART, dim=1), v1.slice(PART, PART, dim=1)
@@ -339,10 +211,7 @@ def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.con
             acc0 *= scale[:, None]
             acc1 *= scale[:, None]
             turn += 1
-        if not EVEN:
-            cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
-            cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
-        elif block[3] < 0:
+        if MODE != "even" or block[3] < 0:
             cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
             cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
         else:
@@ -359,7 +228,16 @@ def _barriers(COUNT: gl.constexpr, arrivals):
     return bars
 
 
-@gluon.jit(do_not_specialize=["page_size", "num_splits", "num_items", "stride_table"])
+@gluon.jit(
+    do_not_specialize=[
+        "page_size",
+        "num_splits",
+        "num_items",
+        "mask_columns",
+        "stride_table",
+        "stride_mb",
+    ]
+)
 def sm90_kernel(
     q_nope_ptr,  # [T, N, LKV]
     q_pe_ptr,  # [T, N, R]
@@ -371,16 +249,18 @@ def sm90_kernel(
     starts_ptr,  # [B+1] of a CSR table, else None
     lens_ptr,  # [B], or None: page_size tokens each
     qo_indptr_ptr,  # [B+1], or None: max_seqlen_q tokens each
-    mask_ptr,  # None, as the scales: a call with one goes to `split`
-    q_scale_ptr,
+    mask_ptr,  # [B, 1, 1, mask_columns] by strides over a dense cache, bool or float, or None
+    q_scale_ptr,  # None, as the next: a call with one goes to `split`
     k_scale_ptr,
     part_out_ptr,  # fp32 [2 * groups, row blocks, ROWS, LKV] of a `schedule`, else None
     part_ml_ptr,  # (m, l) as [2 * groups, row blocks, ROWS, 2], then `schedule`'s cuts
     sm_scale,
+    mask_fill,
     max_seqlen_q,
     page_size,
     num_splits,
     num_items,
+    mask_columns,
     stride_qt,
     stride_qn,
     stride_pt,
@@ -393,6 +273,8 @@ def sm90_kernel(
     stride_on,
     stride_os,
     stride_table,
+    stride_mb,
+    stride_ms,
     N: gl.constexpr,
     PAGE_SIZE: gl.constexpr,  # page_size, or 0 where no table is read
     CAUSAL: gl.constexpr,
@@ -426,25 +308,41 @@ def sm90_kernel(
     caches = (kv_c_ptr, k_pe_ptr, table_ptr)
     cache_strides = (stride_cp, stride_cs, stride_kp, stride_ks, stride_table)
     queries = (q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem)
-    q_strides = (stride_qt, stride_qn, stride_pt, stride_pn)
+    strides = (stride_qt, stride_qn, stride_pt, stride_pn)
     out_strides = (stride_ot, stride_on, stride_os)
     lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
-    EVEN: gl.constexpr = part_out_ptr is not None
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     outs = (out_ptr, None), (out_ptr + HALF, None)
-    work = ((pid, num_items, programs), num_splits, lengths, 0, 0)
-    if EVEN:
+    mask = (None, 0, 0, 0, 0)
+    if part_out_ptr is not None:
+        MODE: gl.constexpr = "even"
         row_blocks = gl.cdiv(max_seqlen_q * N, ROWS)
         groups = programs // row_blocks
         cut_ptr = part_ml_ptr + programs * (4 * ROWS)
-        stretch, keys = schedule.stretch(
+        stretch, ends = schedule.stretch(
             lengths, num_items, pid // row_blocks, groups, cut_ptr, PAGE_SIZE, KEYS, BLOCK_B
         )
         begin, stop, step = stretch
         items = (begin * row_blocks + pid % row_blocks, stop * row_blocks, step * row_blocks)
-        work = (items, num_splits, lengths, keys[1], keys[0])
+        work = (items, num_splits, lengths, ends[1], ends[0])
         outs = (out_ptr, part_out_ptr), (out_ptr + HALF, part_out_ptr + HALF)
+    elif mask_ptr is not None:
+        MODE: gl.constexpr = "masked"
+        _, keys = cdna.item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, ROWS, KEYS)
+        lo, hi, _, b, _ = keys
+        hi = gl.minimum(hi, mask_columns)
+        row_ptr = mask_ptr + b * stride_mb
+        floor = HIDDEN + 0.0
+        first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), floor, lo, hi)
+        if end == 0:  # finite fills alone: the plain average over them
+            floor = float("-inf")
+            first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), floor, lo, hi)
+        mask = (row_ptr, stride_ms, mask_fill, floor, first)
+        work = ((pid, pid + 1, 1), num_splits, lengths, end, gl.minimum(first, end) // KEYS * KEYS)
+    else:
+        MODE: gl.constexpr = "splits"
+        work = ((pid, num_items, programs), num_splits, lengths, 0, 0)
     tiles = (left, right, last, rope)
     full = (left_full, right_full, last_full)
     empty = (left_empty, right_empty, last_empty)
@@ -453,13 +351,16 @@ def sm90_kernel(
     shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full)
     scale = sm_scale * LOG2E
     sums = (lse_ptr, part_ml_ptr)
-    CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL, EVEN)
+    CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL, MODE)
     gl.warp_specialize(
         [
-            (_scores, (work, CALL, queries, q_strides, scale, sums, tiles, full, shared, SPLIT)),
+            (
+                _scores,
+                (work, CALL, queries, strides, scale, mask, sums, tiles, full, shared, SPLIT),
+            ),
             (_values, (work, CALL, outs[0], out_strides, near[0], near[1], shared, LEFT, True)),
             (_values, (work, CALL, outs[1], out_strides, far[0], far[1], shared, RIGHT, False)),
-            (_gather, (work, CALL, caches, cache_strides, tiles, full, empty, ALIKE)),
+            (gather, (work, CALL, caches, cache_strides, mask, tiles, full, empty, ALIKE)),
         ],
         [4, 4, 4],
         REGISTERS,

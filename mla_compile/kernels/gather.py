@@ -1,0 +1,112 @@
+"""The warpgroup of `sm90` that copies keys from wherever their pages lie, a tile or two ahead."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+import mla_compile.kernels.cdna as cdna
+from mla_compile.kernels.hopper import KEYS, bias_of, item, turn
+
+# Triton 3.6 has it by its first name alone.
+copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+HALF: gl.constexpr = gl.constexpr(256)  # columns of V of a warpgroup: 128 registers a thread
+PART: gl.constexpr = gl.constexpr(128)  # columns of V of one wgmma; 256 do not fit 128 registers
+# Tiles in shared memory: 225 of its 227 KB. The left half is wanted earlier by half a tile-time.
+LEFT: gl.constexpr = gl.constexpr(3)
+RIGHT: gl.constexpr = gl.constexpr(2)
+
+
+@gluon.constexpr_function
+def gather_layout():
+    """[KEYS, columns] in pieces of 128 bytes, 16 a lane: what the swizzled tile has as one row."""
+    return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def copy_rows(tile, rows, LAYOUT: gl.constexpr):
+    """From pointers to rows."""
+    cols = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    copy(tile, rows[:, None] + cols[None, :])
+
+
+@gluon.jit
+def _look_up(table, start, hi, mask, PAGE_SIZE, MODE, LAYOUT: gl.constexpr):
+    """As `cdna.look_up`; keys that the mask hides repeat the first that it does not."""
+    if MODE == "masked":
+        pos = cdna.positions(start, hi, KEYS, LAYOUT)
+        bias, _ = bias_of(pos, mask)
+        pos = gl.where(bias > mask[3], pos, mask[4].to(gl.uint32))
+        at = (pos, pos)
+    else:
+        at = cdna.look_up(table, start, hi, PAGE_SIZE, KEYS, LAYOUT)
+    return at
+
+
+@gluon.jit
+def _again(entries, start, hi, PAGE_SIZE, LAYOUT: gl.constexpr):
+    """`at` of entries looked up before: positions cost more registers than they save."""
+    if PAGE_SIZE == 0:
+        at = (entries, entries)
+    else:
+        at = (cdna.positions(start, hi, KEYS, LAYOUT), entries)
+    return at
+
+
+@gluon.jit
+def _fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr):
+    s, phase = turn(g, LEFT)
+    mbarrier.wait(left_empty.index(s), phase ^ 1)
+    copy_rows(left.index(s), rows, LAYOUT)
+    async_copy.mbarrier_arrive(left_full.index(s), increment_count=False)
+
+
+@gluon.jit
+def gather(work, CALL, caches, strides, mask, tiles, full, empty, ALIKE: gl.constexpr):
+    C: gl.constexpr = gather_layout()
+    PAGE_SIZE: gl.constexpr = CALL[1]
+    MODE: gl.constexpr = CALL[3]
+    begin, stop, step = work[0]
+    lengths = work[2]
+    kv_c_ptr, k_pe_ptr, table_ptr = caches
+    stride_cp, stride_cs, stride_kp, stride_ks, stride_table = strides
+    left, right, last, rope = tiles
+    # In elements, 8 at a time. A second set of pointers does not fit into 24 registers.
+    apart = (k_pe_ptr.to(gl.int64) - kv_c_ptr.to(gl.int64)) // 16 * 8
+    g = 0
+    key_begin = work[4]
+    for i in range(begin, stop, step):
+        _, keys = item(i, key_begin, work, CALL)
+        key_begin = 0
+        lo, hi, _, b, entry = keys
+        table = table_ptr
+        if PAGE_SIZE > 0:
+            table += b * stride_table if lengths[0] is None else entry
+        if lo < hi:
+            at = _look_up(table, lo, hi, mask, PAGE_SIZE, MODE, C)
+            entries = at[1]
+            rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
+            _fetch_left(rows, left, full[0], empty[0], g, C)
+            for start in range(lo, hi, KEYS):
+                s, phase = turn(g, RIGHT)
+                then = start + KEYS
+                at_then = _look_up(table, then, hi, mask, PAGE_SIZE, MODE, C)
+                mbarrier.wait(empty[1].index(s), phase ^ 1)
+                copy_rows(right.index(s), rows + HALF, C)
+                async_copy.mbarrier_arrive(full[1].index(s), increment_count=False)
+                mbarrier.wait(empty[2].index(s), phase ^ 1)
+                copy_rows(last.index(s), rows + (HALF + PART), C)
+                if ALIKE:
+                    rows += apart
+                else:
+                    at = _again(entries, start, hi, PAGE_SIZE, C)
+                    rows = cdna.keys_at(k_pe_ptr, at, b, stride_kp, stride_ks, PAGE_SIZE)
+                copy_rows(rope.index(s), rows, C)
+                async_copy.mbarrier_arrive(full[2].index(s), increment_count=False)
+                entries = at_then[1]
+                at = _again(entries, then, hi, PAGE_SIZE, C)
+                rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
+                g += 1
+                if then < hi:
+                    _fetch_left(rows, left, full[0], empty[0], g, C)

@@ -1,0 +1,109 @@
+"""What the warpgroups of `sm90` do alike, and the pieces they are made of: which block and keys an
+item is, masks of keys, turns in rings of buffers, and what takes a line of PTX.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+import mla_compile.kernels.cdna as cdna
+import mla_compile.kernels.schedule as schedule
+from mla_compile.kernels.cdna import LOG2E
+from mla_compile.kernels.split import FLOOR
+
+ROWS: gl.constexpr = gl.constexpr(64)  # of a block, what one wgmma has
+KEYS: gl.constexpr = gl.constexpr(64)  # of a tile
+
+
+def _fade_asm(n: int) -> str:
+    """Multiply n accumulators unless both factors are 1 in all lanes of the warp.
+
+    A lane's accumulators belong to two rows: of each four, two to the first, two to the second.
+    """
+    multiply = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return (
+        f"{{ .reg .pred p; setp.neu.f32 p, ${2 * n}, 0f3F800000; "
+        f"setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p; "
+        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra SKIP; {multiply} SKIP: }}"
+    )
+
+
+FADED: gl.constexpr = gl.constexpr(32)  # accumulators an asm statement takes
+FADE_ASM: gl.constexpr = gl.constexpr(_fade_asm(32))
+FADE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [*map(str, range(32))] + ["f"] * 32))
+
+
+@gluon.jit
+def item(i, key_begin, work, CALL):
+    """Block and keys number i. By a schedule a block ends in the slot of its part, -1 if whole."""
+    _, stop, _ = work[0]
+    block, keys = cdna.item(i, work[1], work[2], CALL[0], CALL[1], CALL[2], ROWS, KEYS)
+    lo, hi, kv_len, b, entry = keys
+    if CALL[3] == "even":
+        row_blocks = gl.cdiv(work[2][3] * CALL[0], ROWS)
+        key_end = gl.where(i + row_blocks >= stop, work[3], schedule.NEVER)
+        slot = gl.program_id(0) // row_blocks * 2
+        part = gl.where(key_begin > 0, slot, gl.where(key_end < kv_len, slot + 1, -1))
+        block = (block[0], block[1], block[2], part)
+        lo = key_begin
+        hi = gl.minimum(hi, key_end)
+    if CALL[3] == "masked":
+        lo = key_begin
+        hi = work[3]
+    return block, (lo, hi, kv_len, b, entry)
+
+
+@gluon.jit
+def bias_of(pos, mask):
+    """What a mask of keys adds to scores, and whether it replaces them instead."""
+    row_ptr, stride, fill, _, _ = mask
+    value = gl.load(row_ptr + pos.to(gl.int64) * stride)
+    IS_BOOL: gl.constexpr = value.dtype == gl.int1
+    bias = gl.where(value, 0.0, fill) if IS_BOOL else value.to(gl.float32)
+    bias = gl.where(bias == float("-inf"), bias, gl.maximum(bias, FLOOR))
+    return bias, gl.where(value, 0, 1).to(gl.int1) if IS_BOOL else gl.zeros_like(bias) > 0
+
+
+@gluon.jit
+def hull(mask, floor, lo, hi):
+    """First key of lo..hi whose bias is above `floor`, and the end of the last such key."""
+    SCAN: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    first = gl.full([1024], schedule.NEVER, gl.int32, SCAN)
+    end = gl.zeros([1024], gl.int32, SCAN)
+    for start in range(lo, hi, 1024):
+        pos = start + gl.arange(0, 1024, layout=SCAN)
+        bias, _ = bias_of(gl.minimum(pos, hi - 1), mask)
+        seen = (bias > floor) & (pos < hi)
+        first = gl.minimum(first, gl.where(seen, pos, schedule.NEVER))
+        end = gl.maximum(end, gl.where(seen, pos + 1, 0))
+    return gl.min(first, 0), gl.max(end, 0)
+
+
+@gluon.jit
+def apply_mask(s, start, hi, mask, LAYOUT: gl.constexpr):
+    """Scores in powers of two under a mask of keys: a bool mask replaces, an additive one adds."""
+    pos = gl.minimum(start + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT)), hi - 1)
+    bias, replaced = bias_of(pos, mask)
+    s = gl.where(replaced[None, :], 0.0, s) + (bias * LOG2E)[None, :]
+    return gl.where((bias > mask[3])[None, :], s, float("-inf"))
+
+
+@gluon.jit
+def turn(g, COUNT: gl.constexpr):
+    """Which of COUNT buffers step g takes, and the phase of its barriers."""
+    g = g.to(gl.uint32)  # signed division by 2 costs registers
+    return (g % COUNT).to(gl.int32), (g // COUNT & 1).to(gl.int32)
+
+
+@gluon.jit
+def exp2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def fade(acc, factor):
+    acc, factor = gl.broadcast(acc, factor[:, None])
+    return gl.inline_asm_elementwise(
+        FADE_ASM, FADE_TIES, [acc, factor], dtype=gl.float32, is_pure=True, pack=FADED
+    )
