@@ -10,9 +10,10 @@ batch.
 
 import argparse
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -23,6 +24,7 @@ from matplotlib.axes import Axes
 
 Row = dict[str, str]
 COLOURS = ["#c4c7cc", "#8b9098", "#d1452b"]
+PEERS = ["#4c78a8", "#59a14f", "#b07aa1", "#edc948", "#76b7b2"]
 LABELS = {"mla": 'torch.compile, backend="mla"'}
 OURS = "mla_compile"
 MARKERS = "osD^vP"
@@ -83,10 +85,6 @@ def bars(panel: Panel, axes: Axes, rows: list[Row]) -> None:
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def in_order(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
 def roofline(axes: Axes, rows: list[Row]) -> None:
     """The op's TFLOP/s by FLOP/byte under what a copy and a matmul reached in the same run."""
     matmul, copy = float(rows[0]["matmul TFLOP/s"]), float(rows[0]["copy GB/s"])
@@ -111,6 +109,7 @@ def roofline(axes: Axes, rows: list[Row]) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.get_xaxis().set_major_formatter("{x:.0f}")
     axes.set_xlabel("FLOP / byte")
     axes.set_ylabel("TFLOP/s")
     axes.set_title("roofline; a larger mark is a larger batch", fontsize=9)
@@ -125,11 +124,12 @@ def scaling(axes: Axes, rows: list[Row]) -> None:
         batches.setdefault(tuple(row[c] for c in fixed), set()).add(row["batch"])
     shape = max(batches, key=lambda key: len(batches[key]))
     line = [row for row in rows if row["ms"] and tuple(row[c] for c in fixed) == shape]
-    for provider in in_order(row["provider"] for row in line):
+    others = cycle((*COLOURS[:2], *PEERS))
+    for provider in dict.fromkeys(row["provider"] for row in line):
         points = sorted(
             (int(r["batch"]), float(r["TFLOP/s"])) for r in line if r["provider"] == provider
         )
-        colour = COLOURS[2] if provider == OURS else None
+        colour = COLOURS[2] if provider == OURS else next(others)
         axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=provider, color=colour)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({int(row["batch"]) for row in line}))
