@@ -147,6 +147,23 @@ def test_check_times_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert {(r["status"], r["ms"]) for r in rows(out)} == {("ok", "")}
 
 
+@pytest.mark.parametrize(
+    ("case", "pick", "rest"),
+    [(small(N=128), "sm90", ["portable"]), (small(N=16), "portable", ["sm90"])],
+    ids=["many-rows", "few-rows-of-few-keys"],
+)
+def test_the_kernels_that_are_not_picked_are_timed_under_a_pin(
+    case: Case, pick: str, rest: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode.kernels, "_device", lambda device: ("sm90", 132))
+    monkeypatch.setenv("MLA_COMPILE_KERNEL", rest[0])
+    assert decode.others(case) == rest
+    with decode.pinned(None):
+        assert decode.picked(case)[0].kernel == pick
+    with decode.pinned(pick):
+        assert decode.picked(case)[1] == "pinned"
+
+
 def test_a_pick_slower_than_another_kernel_shows() -> None:
     shape = decode.facts(Shape(1, 512), "") | {"kernel": "sm90 64×64: the table"}
     times = {"mla_compile": (1.0, 0.9, 1.1), "portable pinned": (0.7, 0.6, 0.8)}
