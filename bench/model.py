@@ -1,181 +1,101 @@
-"""One decode step of Hugging Face's DeepSeek-V3 attention: eager, torch.compile, backend="mla".
+"""Decode steps of DeepSeek-V3's attention: eager, torch.compile, torch.compile with backend="mla".
 
-    python -m bench.model                  # the GPU: the full layer, 4096 cached tokens
-    python -m bench.model --device cpu     # few heads, short cache, the same path
+    python -m bench.model                      # the GPU: the full layer, batch 1 to 64, 1 K to 32 K
+    python -m bench.model --steps 16x4096      # batch 16 with 4096 cached tokens alone
+    python -m bench.model --device cpu         # few heads, short cache, the same path
 
-Two parts are timed: the attention module (projections, rope, cache write, attention, o_proj) and
-the attention alone (queries and latent cache in, heads out: expansion, softmax, values). Each
-result is compared with float64 first, as in bench.decode.
+Three parts are timed: Hugging Face's attention alone (queries and latent cache in, heads out:
+expansion, softmax, values), its whole attention module (projections, rope, cache write, attention,
+o_proj), and the same module in the absorbed form of DeepSeek's own inference code. Each result is
+compared with float64 first, as in bench.decode; ours must also be one rewritten site.
 """
 
+import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DeepseekV3Config, StaticCache
-from transformers.cache_utils import StaticLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Attention,
-    DeepseekV3RotaryEmbedding,
-    eager_attention_forward,
-)
+from torch import Tensor
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from bench.common import (
     arguments,
-    captured,
+    compared,
+    failures,
+    judge,
     max_error,
-    measure,
+    parse,
     provenance,
     say,
     table,
-    within,
+    untimed,
+    verdict,
     write,
 )
+from bench.layers import EXPANDING, PARTS, Inputs, expanded_bytes, make_inputs
+from mla_compile.backend import mla
 from mla_compile.report import reporting
 
 PLAIN = "torch.compile"
+# What the README shows first: a run that is cut short has it.
+STEPS = [(16, 4096), (4, 4096), (1, 4096), (64, 4096), (1, 32768), (16, 1024)]
 
 
-class Alone(nn.Module):
-    """What the module does between its projections, on the whole cache."""
-
-    def __init__(self, attention: DeepseekV3Attention) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, mask: Tensor) -> Tensor:
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.attention.config._attn_implementation, eager_attention_forward
-        )
-        k, v = self.attention.expand_kv(kv_c, k_pe)
-        out: Tensor = attend(
-            self.attention, q, k, v, mask, dropout=0.0, scaling=self.attention.scaling
-        )[0]
-        return out
+def one_by_one(attention: DeepseekV3Attention, x: Inputs, part: str, dtype: torch.dtype) -> Tensor:
+    """A sequence at a time, for memory's sake."""
+    singles = (PARTS[part](attention, x.sequence(b, dtype)) for b in range(len(x.hidden)))
+    return torch.cat([module(*args) for module, args in singles])
 
 
-class Module(nn.Module):
-    """The attention module on a static cache that it keeps at one length."""
-
-    def __init__(self, attention: DeepseekV3Attention, kv_c: Tensor, k_pe: Tensor) -> None:
-        super().__init__()
-        self.attention = attention
-        self.cached = kv_c.shape[2] - 1
-        self.cache = StaticCache(attention.config, max_cache_len=kv_c.shape[2])
-        self.cache.update(kv_c[:, :, :-1], k_pe[:, :, :-1], 0)
-        self.layer = cast(StaticLayer, self.cache.layers[0])
-
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        self.layer.cumulative_length.fill_(self.cached)
-        out: Tensor = self.attention(hidden, (cos, sin), mask, past_key_values=self.cache)[0]
-        return out
-
-
-@dataclass(frozen=True)
-class Inputs:
-    hidden: Tensor  # [B, 1, hidden]
-    cos: Tensor  # [B, 1, R]
-    sin: Tensor  # [B, 1, R]
-    q: Tensor  # [B, N, 1, P + R]
-    kv_c: Tensor  # [B, 1, Skv, Lkv]
-    k_pe: Tensor  # [B, 1, Skv, R]
-    mask: Tensor  # [B, 1, 1, Skv], an input as under generate(); every cached token is visible
-
-    def sequence(self, b: int, dtype: torch.dtype) -> "Inputs":
-        one = {name: tensor[b : b + 1] for name, tensor in vars(self).items()}
-        return Inputs(**{n: t.to(dtype) if t.is_floating_point() else t for n, t in one.items()})
-
-
-def make_inputs(config: DeepseekV3Config, B: int, Skv: int, device: torch.device) -> Inputs:
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.bfloat16, device=device)
-
-    hidden = randn(B, 1, config.hidden_size)
-    position = torch.full((B, 1), Skv - 1, device=device)
-    cos, sin = DeepseekV3RotaryEmbedding(config).to(device)(hidden, position)
-    shape = (B, 1, 1, Skv)
-    if config._attn_implementation == "eager":
-        mask = torch.zeros(shape, dtype=torch.bfloat16, device=device)
-    else:
-        mask = torch.ones(shape, dtype=torch.bool, device=device)
-    return Inputs(
-        hidden=hidden,
-        cos=cos,
-        sin=sin,
-        q=randn(B, config.num_attention_heads, 1, config.qk_head_dim),
-        kv_c=randn(B, 1, Skv, config.kv_lora_rank),
-        k_pe=randn(B, 1, Skv, config.qk_rope_head_dim),
-        mask=mask,
-    )
-
-
-def parts(
-    attention: DeepseekV3Attention, x: Inputs
-) -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
-    return {
-        "module": (Module(attention, x.kv_c, x.k_pe), (x.hidden, x.cos, x.sin, x.mask)),
-        "attention": (Alone(attention), (x.q, x.kv_c, x.k_pe, x.mask)),
-    }
-
-
-def run_batch(
-    attention: DeepseekV3Attention, x: Inputs, graph: bool, facts: dict[str, Any]
+def run_part(
+    attention: DeepseekV3Attention, x: Inputs, part: str, fits: bool, graph: bool, timed: bool
 ) -> list[dict[str, Any]]:
-    device, B = x.hidden.device, x.hidden.shape[0]
     exact = copy.deepcopy(attention).double()
+    reference = one_by_one(exact, x, part, torch.float64)
+    plain = max_error(one_by_one(attention, x, part, x.hidden.dtype), reference)
+    del exact
+    module, args = PARTS[part](attention, x)
+    torch.compiler.reset()
+    forms: dict[str, Callable[..., Tensor]] = {
+        "eager": module,
+        PLAIN: torch.compile(module),
+        "mla": torch.compile(module, backend=mla),
+    }
+    with reporting() as report:
+        forms["mla"](*args)
     rows: list[dict[str, Any]] = []
-    for part, (module, args) in parts(attention, x).items():
-        singles = (parts(exact, x.sequence(b, torch.float64))[part] for b in range(B))
-        reference = torch.cat([single(*one) for single, one in singles])
-        plain = max_error(module(*args), reference)
-        torch.compiler.reset()
-        forms: dict[str, Callable[..., Tensor]] = {
-            "eager": module,
-            PLAIN: torch.compile(module),
-            "mla": torch.compile(module, backend="mla"),
-        }
-        with reporting() as report:
-            forms["mla"](*args)
-        rewritten = len(report.sites)
-        for name, form in forms.items():
-            error = max_error(form(*args), reference)
-            valid = within(error, plain) and (name != "mla" or rewritten == 1)
-            times = None
-            if valid:
-                call = lambda form=form, args=args: form(*args)  # noqa: E731
-                times = measure(captured(call) if graph else call, device)
-            row = {"part": part, "provider": name, "batch": B, **facts}
-            row |= {"launch": "graph" if graph else "eager", "ms": times and times.p50}
-            row |= {"ms p20": times and times.p20, "ms p80": times and times.p80, "error": error}
-            rows.append(row)
-            result = (
-                f"{times.p50:.4f} ms" if times else f"INVALID, not timed: {rewritten} rewritten"
-            )
-            say(f"batch {B} {part} {name}: {result}, error {error:.2e}, plain bf16 {plain:.2e}")
-    for row in rows:
-        base = next(r for r in rows if r["part"] == row["part"] and r["provider"] == PLAIN)
-        known = base["ms"] is not None and row["ms"] is not None
-        row[f"vs {PLAIN}"] = base["ms"] / row["ms"] if known else None
-    return rows
+    for name, form in forms.items():
+        if name == "mla" and len(report.sites) != 1:
+            result = untimed("wrong") | {"error": float("nan")}
+        elif name != "mla" and not fits:
+            result = untimed("does not fit")
+        else:
+            call = lambda form=form: form(*args)  # noqa: E731
+            result = judge(call, reference, plain, graph=graph, timed=timed)
+        rows.append({"part": part, "provider": name} | result)
+        shape = f"batch {len(x.hidden)} context {x.kv_c.shape[2]}"
+        say(f"{shape}  {part} {name}: {verdict(result, plain)}")
+    return compared(rows, PLAIN)
+
+
+def step(text: str) -> tuple[int, int]:
+    B, times, Skv = text.partition("x")
+    if not (times and B.isdigit() and Skv.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected BATCHxCONTEXT such as 16x4096, got {text}")
+    return int(B), int(Skv)
 
 
 @torch.no_grad()
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--batches", type=int, nargs="+")
-    parser.add_argument("--context", type=int)
+    parser.add_argument("--steps", type=step, nargs="+", metavar="BATCHxCONTEXT")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    args, device = parse(parser)
     gpu = device.type == "cuda"
-    if args.graph and not gpu:
-        parser.error("--graph needs a GPU")
-    batches = args.batches or ([16, 4, 1] if gpu else [2])
-    context = args.context or (4096 if gpu else 256)
+    steps = args.steps or (STEPS if gpu else [(2, 256)])
     heads, hidden, q_rank = (128, 7168, 1536) if gpu else (4, 256, 64)
 
     torch.manual_seed(0)
@@ -185,20 +105,26 @@ def main() -> int:
         num_key_value_heads=heads,
         q_lora_rank=q_rank,
         num_hidden_layers=1,
-        max_position_embeddings=context,
+        max_position_embeddings=max(Skv for _, Skv in steps),
     )
     config._attn_implementation = args.attention
     attention = DeepseekV3Attention(config, layer_idx=0).to(device, torch.bfloat16).eval()
     origin = provenance(device, args.commit)
-    facts = {"context": context, "heads": heads, "hidden": hidden, "form": args.attention}
-    rows = [
-        row | origin
-        for B in batches
-        for row in run_batch(attention, make_inputs(config, B, context, device), args.graph, facts)
-    ]
+    memory = torch.cuda.mem_get_info(device)[0] if gpu else 2**32
+    rows: list[dict[str, Any]] = []
+    for i, (B, Skv) in enumerate(steps):
+        say(f"{i + 1} of {len(steps)}")
+        x = make_inputs(config, B, Skv, device)
+        facts = {"batch": B, "context": Skv, "heads": heads, "hidden": hidden}
+        facts["form"] = args.attention
+        for part in args.parts:
+            fits = part not in EXPANDING or expanded_bytes(config, B, Skv) < memory
+            found = run_part(attention, x, part, fits, args.graph, not args.check)
+            rows += [row | facts | origin for row in found]
+            path = write(args.out, "model", rows)
     print(table(rows, [column for column in rows[0] if column not in origin]))
-    write(args.out, "model", rows)
-    return int(any(row["ms"] is None for row in rows))
+    say(f"{len(rows)} rows in {path}")
+    return failures(rows)
 
 
 if __name__ == "__main__":

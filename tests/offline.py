@@ -1,10 +1,11 @@
 """Compile the shipped configs for GPUs that need not be there; print what they use as JSON.
 
-Run as `python -m tests.offline`, without TRITON_INTERPRET.
+Run as `python -m tests.offline ARCH... [--plain]`, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -23,10 +24,11 @@ from mla_compile.kernels.combine import combine_kernel
 from mla_compile.kernels.config import GLUON, Config, ceil_pow2, combine_blocks, pick, tuned_arch
 
 TARGETS = {
-    "sm90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
+    **{f"sm{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)},
+    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")},
+    **{arch: GPUTarget("hip", arch, 32) for arch in ("gfx1100", "gfx1201")},
 }
+NO_FP8 = {"sm80", "sm86", "gfx1100"}  # Triton has no OCP fp8 there
 ALIGNED = [["tt.divisibility", 16]]
 N, LKV, R = 128, 512, 64
 
@@ -94,11 +96,12 @@ def compile_combine(arch: str) -> Any:
 
 def usage(arch: str, binary: Any) -> dict[str, int]:
     shared = binary.metadata.shared
-    if arch != "sm90":
+    if not arch.startswith("sm"):
         asm = binary.asm["amdgcn"]
         # Scalars spill into lanes of a vector register, not to memory.
         spilled = sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", asm)))
-        return {"shared": shared, "spilled": spilled, "matrix": asm.count("v_mfma")}
+        matrix = asm.count("v_mfma") + asm.count("v_wmma")
+        return {"shared": shared, "spilled": spilled, "matrix": matrix}
     ptx = binary.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         Path(cubin.name).write_bytes(binary.asm["cubin"])
@@ -112,11 +115,15 @@ def usage(arch: str, binary: Any) -> dict[str, int]:
         "shared": shared,
         "spilled": stack + local,
         "wgmma": wgmma,
-        "matrix": wgmma + ptx.count("mma.sync"),
+        "matrix": wgmma + ptx.count("mma.sync") + ptx.count("tcgen05.mma"),
     }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("archs", choices=TARGETS, nargs="+")
+    parser.add_argument("--plain", action="store_true", help="bf16 pages of one token alone")
+    args = parser.parse_args()
     bf16 = dict.fromkeys(("q_nope_ptr", "q_pe_ptr", "kv_c_ptr", "k_pe_ptr", "out_ptr"), "*bf16")
     csr = dict.fromkeys(("table_ptr", "starts_ptr", "lens_ptr"), "*i32")
     fp32 = dict.fromkeys(bf16, "*fp32")
@@ -128,13 +135,18 @@ def main() -> None:
         ],
         "bf16, pages of 64, split": [(2, 64, 64, {**bf16, **csr, "out_ptr": "*fp32"})],
         "bf16, dense": [(2, 64, 0, bf16)],
-        "bf16, dense under a mask": [(2, 64, 0, {**bf16, "mask_ptr": "*i1"})],
+        "bf16, dense under a mask": [
+            (2, 16, 0, {**bf16, "mask_ptr": "*i1"}),
+            (2, 64, 0, {**bf16, "mask_ptr": "*i1"}),
+        ],
         "fp32": [(4, 64, 1, {**fp32, **csr})],
         "fp8 cache": [(2, 64, 1, {**bf16, **csr, **fp8})],
     }
     rows = []
-    for arch in TARGETS:
+    for arch in args.archs:
         for path, cases in paths.items():
+            if (args.plain and path != "bf16") or (path == "fp8 cache" and arch in NO_FP8):
+                continue
             for size, count, page_size, types in cases:
                 key = tuned_arch(arch, triton.__version__)
                 kv_bytes = 1 if "fp8" in types["kv_c_ptr"] else size

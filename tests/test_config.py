@@ -47,7 +47,13 @@ H200 = 132
         ("gfx942", 128, 512, 2, HALF["gfx942"][1]),
         ("gfx942", 8, 512, 4, FALLBACK[0]),
         ("gfx950", 64, 512, 2, HALF["gfx950"][1]),
-        ("sm80", 128, 512, 2, FALLBACK[0]),
+        ("sm80", 128, 512, 2, HALF["sm80"][1]),
+        ("sm80", 128, 512, 4, FULL["sm80"][0]),
+        ("sm86", 16, 512, 2, HALF["sm89"][0]),
+        ("sm121", 128, 512, 2, HALF["sm120"][1]),
+        ("sm103", 128, 512, 2, HALF["sm100"][1]),
+        ("gfx1200", 128, 512, 2, HALF["gfx1201"][1]),
+        ("sm75", 128, 512, 2, FALLBACK[0]),
         ("interpreter", 128, 512, 2, FALLBACK[0]),
     ],
 )
@@ -95,7 +101,7 @@ def chosen(
         ("sm90", {"rare": "attn_mask"}, HALF["sm90"][1], "sm90 lacks attn_mask"),
         ("sm90", {"q_bytes": 4, "kv_bytes": 4}, FULL["sm90"][0], "sm90 lacks elements of 4 bytes"),
         ("sm90", {"pinned": "portable"}, HALF["sm90"][1], "pinned"),
-        ("sm80", {}, FALLBACK[0], "all there is for sm80"),
+        ("sm80", {}, HALF["sm80"][1], "all there is for sm80"),
         ("gfx90a", {}, FALLBACK[0], "all there is for gfx90a"),
     ],
 )
@@ -209,14 +215,14 @@ def test_workspace_holds_out_m_and_l_of_every_row_and_split() -> None:
 
 
 LIMITS = {"sm90": 227, "gfx942": 64, "gfx950": 160}  # KB of shared memory of a workgroup
+UNTIMED = {"sm80": 163, "sm86": 99, "sm89": 99, "sm100": 227, "sm120": 99, "gfx1201": 64}
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
-    """What the compilers make of every shipped config; a GPU is not needed, nor the interpreter."""
+def offline(*arguments: str) -> list[dict[str, Any]]:
+    """What the compilers make of shipped configs; a GPU is not needed, nor the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.offline"],
+        [sys.executable, "-m", "tests.offline", *arguments],
         env=env,
         capture_output=True,
         text=True,
@@ -225,6 +231,31 @@ def compiled() -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    return offline(*LIMITS)
+
+
+def test_configs_never_timed_fit_without_spills_and_use_matrix_units() -> None:
+    found = offline(*UNTIMED, "--plain")
+    assert {(row["arch"], row["path"]) for row in found} == {
+        (arch, path) for arch in UNTIMED for path in ("bf16", "combine")
+    }
+    for row in found:
+        assert row["shared"] <= UNTIMED[row["arch"]] * 1024, row
+        assert row["spilled"] == 0, row
+        assert row["matrix"] > 0 or row["path"] == "combine", row
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("arch", UNTIMED)
+def test_every_path_of_a_config_never_timed_fits(arch: str) -> None:
+    found = offline(arch)
+    assert {row["path"] for row in found} >= {"bf16, dense under a mask", "fp32"}
+    for row in found:
+        assert row["shared"] <= UNTIMED[arch] * 1024, row
 
 
 def test_every_kernel_compiles_for_every_arch_within_its_shared_memory(

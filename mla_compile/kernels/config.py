@@ -55,7 +55,35 @@ _GFX950_SYNC = (
     Config(block_m=16, block_n=16, num_warps=4, num_stages=1, options=_CDNA4),
     Config(block_m=64, block_n=32, num_warps=4, num_stages=3, options=_CDNA4),
 )
+# Never timed: the largest tiles that compile without spills and within shared memory, with a mask
+# and without, on Triton 3.6 and 3.9; two stages and 8 warps as on sm90.
+_SM80 = (  # 163 KB of shared memory
+    Config(block_m=16, block_n=64, num_warps=8, num_stages=2),
+    # 64 rows spill 272-336 bytes with two stages; 64 keys under a mask take 172 KB on 3.6.
+    Config(block_m=32, block_n=32, num_warps=8, num_stages=2),
+)
+_SM89 = (  # 99 KB: under a mask 16 rows of 64 keys take 122-154 on 3.6, 32 of 32 keys 104
+    Config(block_m=16, block_n=32, num_warps=8, num_stages=2),
+    Config(block_m=32, block_n=16, num_warps=8, num_stages=2),
+)
+_SM100 = (  # 227 KB
+    Config(block_m=16, block_n=64, num_warps=8, num_stages=2),
+    # tcgen05 from 64 rows on; 64 keys take 345 KB on 3.6, and 128 rows 576 of the 512 columns of
+    # tensor memory.
+    Config(block_m=64, block_n=32, num_warps=8, num_stages=2),
+)
+# A query row in WMMA's layout fills half of the 256 registers of each wave, so that the rest of a
+# tile is spread over 16 waves: 8 spill 31-104 registers, 64 rows 27, 32 rows under a mask 12. On
+# gfx11 it fills all of them, and whatever the tile 200 are spilled.
+_GFX12 = (
+    Config(block_m=16, block_n=16, num_warps=16, num_stages=1),
+    Config(block_m=32, block_n=16, num_warps=16, num_stages=1),
+)
 HALF: dict[str, tuple[Config, ...]] = {
+    **dict.fromkeys(("sm80", "sm87"), _SM80),
+    **dict.fromkeys(("sm86", "sm89", "sm120", "sm121"), _SM89),
+    **dict.fromkeys(("sm100", "sm103"), _SM100),
+    **dict.fromkeys(("gfx1200", "gfx1201"), _GFX12),
     "sm90": (
         # Under 64 rows tl.dot falls from wgmma to mma.sync, which is enough where the cache's
         # bandwidth is the limit.
@@ -151,8 +179,11 @@ _GFX942_BYTE = (
 BYTE = dict.fromkeys(("gfx942", "gfx942-3.7", "gfx942-3.6"), _GFX942_BYTE)
 
 # fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it.
+_FULL = (Config(block_m=16, block_n=16, num_warps=8, num_stages=2),)
 FULL: dict[str, tuple[Config, ...]] = {
-    "sm90": (Config(block_m=16, block_n=16, num_warps=8, num_stages=2),),
+    **dict.fromkeys(("sm80", "sm87", "sm90", "sm100", "sm103"), _FULL),
+    # Two stages spill 16 bytes on sm120.
+    **dict.fromkeys(("sm86", "sm89", "sm120", "sm121"), (replace(_FULL[0], num_stages=1),)),
 }
 
 # Any other arch: 16 rows and one stage fit the 64 KB that every tensor-core GPU has.
