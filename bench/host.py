@@ -26,7 +26,14 @@ from mla_compile.validate import validate
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, float]
 
 
-KERNELS = (split_kernel, cdna3_kernel, cdna4_kernel, sm90_kernel, combine_kernel, combine_rows_kernel)
+KERNELS = (
+    split_kernel,
+    cdna3_kernel,
+    cdna4_kernel,
+    sm90_kernel,
+    combine_kernel,
+    combine_rows_kernel,
+)
 ARCHS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),

@@ -64,15 +64,15 @@ def bias_of(pos, mask):
 
 
 @gluon.jit
-def hull(mask, floor, lo, hi):
-    """First key of lo..hi whose bias is above `floor`, and the end of the last such key."""
+def hull(mask, lo, hi):
+    """First key of lo..hi that the mask does not hide, and the end of the last such key."""
     SCAN: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
     first = gl.full([1024], schedule.NEVER, gl.int32, SCAN)
     end = gl.zeros([1024], gl.int32, SCAN)
     for start in range(lo, hi, 1024):
         pos = start + gl.arange(0, 1024, layout=SCAN)
         bias, _ = bias_of(gl.minimum(pos, hi - 1), mask)
-        seen = (bias > floor) & (pos < hi)
+        seen = (bias > mask[3]) & (pos < hi)
         first = gl.minimum(first, gl.where(seen, pos, schedule.NEVER))
         end = gl.maximum(end, gl.where(seen, pos + 1, 0))
     return gl.min(first, 0), gl.max(end, 0)

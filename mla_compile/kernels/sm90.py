@@ -315,8 +315,10 @@ def sm90_kernel(
     programs = gl.num_programs(0)
     outs = (out_ptr, None), (out_ptr + HALF, None)
     mask = (None, 0, 0, 0, 0)
-    if part_out_ptr is not None:
-        MODE: gl.constexpr = "even"
+    MODE: gl.constexpr = (
+        "even" if part_out_ptr is not None else "masked" if mask_ptr is not None else "splits"
+    )
+    if MODE == "even":
         row_blocks = gl.cdiv(max_seqlen_q * N, ROWS)
         groups = programs // row_blocks
         cut_ptr = part_ml_ptr + programs * (4 * ROWS)
@@ -327,21 +329,19 @@ def sm90_kernel(
         items = (begin * row_blocks + pid % row_blocks, stop * row_blocks, step * row_blocks)
         work = (items, num_splits, lengths, ends[1], ends[0])
         outs = (out_ptr, part_out_ptr), (out_ptr + HALF, part_out_ptr + HALF)
-    elif mask_ptr is not None:
-        MODE: gl.constexpr = "masked"
+    elif MODE == "masked":
         _, keys = cdna.item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, ROWS, KEYS)
         lo, hi, _, b, _ = keys
         hi = gl.minimum(hi, mask_columns)
         row_ptr = mask_ptr + b * stride_mb
         floor = HIDDEN + 0.0
-        first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), floor, lo, hi)
+        first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), lo, hi)
         if end == 0:  # finite fills alone: the plain average over them
             floor = float("-inf")
-            first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), floor, lo, hi)
+            first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), lo, hi)
         mask = (row_ptr, stride_ms, mask_fill, floor, first)
         work = ((pid, pid + 1, 1), num_splits, lengths, end, gl.minimum(first, end) // KEYS * KEYS)
     else:
-        MODE: gl.constexpr = "splits"
         work = ((pid, num_items, programs), num_splits, lengths, 0, 0)
     tiles = (left, right, last, rope)
     full = (left_full, right_full, last_full)
