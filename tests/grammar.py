@@ -259,8 +259,13 @@ class Program:
 
     @property
     def honest(self) -> Program:
-        """Where a row sees no token, a finite fill rounds the log of logsumexp away: rather NaN."""
-        rounded = self.softmax == "logsumexp" and not self.sdpa
+        """Where a row sees no token and what plain PyTorch makes of it is rounding: rather NaN.
+
+        Beside a finite fill the log of logsumexp is rounded away, and so are the scores to which
+        fp16 adds its lowest number.
+        """
+        logsumexp = self.softmax == "logsumexp" and not self.sdpa
+        rounded = logsumexp or (self.dtype is torch.float16 and self.mask == "added")
         return replace(self, mask=INFINITE.get(self.mask, self.mask)) if rounded else self
 
     def __call__(self, x: Inputs) -> tuple[Tensor, ...]:

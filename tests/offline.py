@@ -90,7 +90,14 @@ def compile_combine(arch: str) -> Any:
     block_s, block_l = combine_blocks(64, LKV)
     types = dict.fromkeys(("part_out_ptr", "part_ml_ptr", "lse_ptr"), "*fp32")
     types["out_ptr"] = "*bf16"
-    constants = {"N": N, "LKV": LKV, "BLOCK_S": block_s, "BLOCK_L": block_l}
+    constants = {
+        "N": N,
+        "LKV": LKV,
+        "ROWS": 0,
+        "CUT": False,
+        "BLOCK_S": block_s,
+        "BLOCK_L": block_l,
+    }
     return compile_kernel(arch, combine_kernel, types, constants, {"num_warps": 4})
 
 

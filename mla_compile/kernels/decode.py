@@ -68,9 +68,10 @@ class Plan:
         part_ml = workspace[self.part_ml :]
         if self.even:
             self.split(*inputs, out, lse, *optional, workspace, part_ml)
+            self.combine(workspace, part_ml, out, lse, optional[3])
         else:
             self.split(*inputs, workspace, part_ml, *optional)
-        self.combine(workspace, part_ml, out, lse, optional[3])
+            self.combine(workspace, part_ml, out, lse)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
