@@ -1,0 +1,82 @@
+"""What a schedule cut is merged, and what it did not cut is left alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
+from mla_compile.kernels.config import combine_blocks
+
+N, LKV, ROWS = 3, 32, 16
+# Parts of each sequence, 0 where it is whole, and the group in which it begins.
+CUTS = [(0, 0), (2, 0), (0, 1), (0, 1), (5, 1), (3, 5), (0, 7)]
+GROUPS = 8
+TOKENS = [2, 1, 4, 0, 4, 3, 1]
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreted"),
+    pytest.param("cuda", marks=pytest.mark.gpu, id="compiled"),
+]
+
+
+def slots(parts: int, group: int) -> list[int]:
+    """Where `schedule` says they are: what begins in a group, then what goes on in each next."""
+    return [2 * group + 1, *(2 * (group + i) for i in range(1, parts))][:parts]
+
+
+def merged(part_out: Tensor, part_ml: Tensor) -> tuple[Tensor, Tensor]:
+    """[parts, rows, LKV] and [parts, rows, 2] in fp64: out and lse."""
+    log = part_ml[..., 0].double() * math.log(2) + part_ml[..., 1].double().log()
+    lse = log.logsumexp(0)
+    weight = (log - lse.masked_fill(lse == -math.inf, 0)).exp()
+    return (part_out.double() * weight[..., None]).sum(0), lse
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ragged", [False, True], ids=["as-many-tokens", "ragged-tokens"])
+@pytest.mark.parametrize("rows_at_once", [False, True], ids=["a-row", "rows"])
+def test_cut_sequences_are_merged_and_whole_ones_kept(
+    device: str, ragged: bool, rows_at_once: bool
+) -> None:
+    tokens = TOKENS if ragged else [4] * len(CUTS)
+    starts = [0, *torch.tensor(tokens).cumsum(0).tolist()]
+    part_out = torch.full((2 * GROUPS, ROWS, LKV), math.nan)
+    part_ml = torch.full((2 * GROUPS * ROWS * 2 + 2 * len(CUTS),), math.nan)
+    ml = part_ml[: 2 * GROUPS * ROWS * 2].view(2 * GROUPS, ROWS, 2)
+    out = torch.full((starts[-1], N, LKV), -7.0)
+    lse = torch.full((starts[-1], N), -7.0)
+    expected, expected_lse = out.double(), lse.double()
+    for b, (parts, group) in enumerate(CUTS):
+        part_ml[ml.numel() + 2 * b :][:2] = torch.tensor([parts, 2 * group + 1])
+        rows = tokens[b] * N
+        for i, slot in enumerate(slots(parts, group)):
+            part_out[slot, :rows] = torch.randn(rows, LKV)
+            ml[slot, :rows, 0] = torch.randn(rows) * 20
+            ml[slot, :rows, 1] = torch.rand(rows) + 0.5
+            empty = torch.arange(rows) % 4 == i if b != 5 else torch.ones(rows, dtype=torch.bool)
+            part_out[slot, :rows][empty], ml[slot, :rows][empty] = 0, torch.tensor([-math.inf, 0])
+        if parts:
+            at = slots(parts, group)
+            o, lse_b = merged(part_out[at, :rows], ml[at, :rows])
+            expected[starts[b] : starts[b + 1]] = o.nan_to_num(0).view(-1, N, LKV)
+            expected_lse[starts[b] : starts[b + 1]] = lse_b.view(-1, N)
+
+    part_out, part_ml, out, lse = (t.to(device) for t in (part_out, part_ml, out, lse))
+    qo_indptr = torch.tensor(starts, dtype=torch.int32, device=device) if ragged else None
+    tensors = (part_out, part_ml, out, lse, qo_indptr)
+    shape = {"stride_ot": N * LKV, "stride_on": LKV, "N": N, "LKV": LKV, "ROWS": ROWS}
+    if rows_at_once:
+        grid = (len(CUTS) * -(-4 * N // 8), 1, 1)
+        combine_rows_kernel[grid](
+            *tensors, 4, 2 * GROUPS, **shape, BLOCK_ROWS=8, BLOCK_R=4, BLOCK_L=LKV
+        )
+    else:
+        block_s, block_l = combine_blocks(2, LKV)
+        combine_kernel[(len(CUTS) * 4 * N, 1, 1)](
+            *tensors, 4, 0, 2 * GROUPS, **shape, CUT=True, BLOCK_S=block_s, BLOCK_L=block_l
+        )
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-5, atol=1e-5)
