@@ -17,6 +17,7 @@ from torch._guards import TracingContext
 from torch._inductor import config
 from torch.fx import Graph, Node
 
+from mla_compile.backend import composed
 from mla_compile.page import Section, html
 from mla_compile.passes.graph import strip
 from mla_compile.passes.inductor import MLAPass, Verdict
@@ -125,10 +126,10 @@ class Recorder(MLAPass):
     configuration that holds it, for a copy would report to nobody.
     """
 
-    def __init__(self, report: Report):
-        super().__init__(record=self.note)
+    def __init__(self, report: Report, previous: Sequence[Callable[[Graph], None]] = ()):
+        super().__init__(previous)
         self.report = report
-        self.told = len(graph_breaks())
+        self.earlier = len(graph_breaks())
         self.ops: dict[str, Op] = {}  # of the graph at hand, before the pass
         self.known: set[str] = set()  # its nodes, those of rewritten attentions included
         self.graph_break = ""
@@ -150,8 +151,7 @@ class Recorder(MLAPass):
 
     def break_beside(self) -> str:
         """The break that ends the graph at hand, else the one that it resumes after, else ''."""
-        new = graph_breaks()[self.told :]
-        self.told = len(graph_breaks())
+        new = graph_breaks()[self.earlier + len(self.report.breaks) :]
         self.report.breaks += map(described, new)
         tracing = TracingContext.try_get()
         codes = [code.co_name for code in (tracing and tracing.traced_code) or []]
@@ -159,6 +159,7 @@ class Recorder(MLAPass):
         return self.report.breaks[-1] if new or (resumed and self.report.breaks) else ""
 
     def note(self, verdict: Verdict) -> None:
+        super().note(verdict)
         if isinstance(verdict, Miss):
             self.report.misses.append(refused(verdict, self.graph_break))
             return
@@ -290,10 +291,12 @@ def roles(site: MLASite) -> dict[str, str]:
 def reporting() -> Iterator[Report]:
     """Put the pass into what is compiled meanwhile, and report on every attention in it.
 
-    No graph is taken from Inductor's caches, for such a graph never meets the pass.
+    Passes of the user's own run after it.  No graph is taken from Inductor's caches, for such a
+    graph never meets the pass.
     """
     report = Report()
-    with config.patch(joint_custom_pre_pass=Recorder(report)):
+    others = composed(config.joint_custom_pre_pass).previous
+    with config.patch(joint_custom_pre_pass=Recorder(report, others)):
         yield report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections import Counter
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 import triton
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph
 
 import mla_compile.ops
 from mla_compile.passes.absorb import weigh
 from mla_compile.passes.graph import measure_inputs
 from mla_compile.passes.recognise import recognise
-from mla_compile.passes.rewrite import rewrite
+from mla_compile.passes.rewrite import Rewriter
 from mla_compile.passes.site import Miss, MLASite
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,12 @@ class MLAPass(CustomGraphPass):
     ):
         self.previous, self.strict, self.record = tuple(previous), strict, record
 
+    def before(self, others: Sequence[Callable[[Graph], None]]) -> MLAPass:
+        """The same pass, with other ones to run after it."""
+        same = copy.copy(self)
+        same.previous = tuple(others)
+        return same
+
     def __call__(self, graph: Graph) -> None:
         self._run(graph)
         for other in self.previous:
@@ -65,12 +73,13 @@ class MLAPass(CustomGraphPass):
     def _run(self, graph: Graph) -> None:
         try:
             measure_inputs(graph)
+            rewriter = Rewriter(graph)
             for verdict in recognise(graph):
                 if isinstance(verdict, MLASite):
                     verdict = weigh(verdict)
                 if isinstance(verdict, MLASite):
-                    verdict = rewrite(graph, verdict)
-                self._note(verdict)
+                    verdict = rewriter.rewrite(verdict)
+                self.note(verdict)
         except Exception:
             if self.strict:
                 raise
@@ -78,9 +87,10 @@ class MLAPass(CustomGraphPass):
             log.exception(
                 "the pass failed and left the rest of the graph as it was; please report this trace"
             )
+        stable_topological_sort(graph)
         graph.eliminate_dead_code()
 
-    def _note(self, verdict: Verdict) -> None:
+    def note(self, verdict: Verdict) -> None:
         if isinstance(verdict, MLASite):
             counters["rewritten"] += 1
             log.info(

@@ -4,116 +4,123 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import Size, dtype, equal, hint, is_tensor, shape
+from mla_compile.passes.graph import Size, aten, dtype, equal, hint, shape
 from mla_compile.passes.indexing import Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
+VIEWS = frozenset({aten.view.default, aten.expand.default, aten.permute.default})
 Group = tuple[Label, ...]
 Labelled = tuple[Tensor, list[Label]]  # one label per dimension
 
 
-def rewrite(graph: Graph, site: MLASite) -> MLASite | Miss:
-    """Replace the attention by the op, or say why not.  The caller removes what becomes dead."""
-    inputs = list(dict.fromkeys([*tensors_of(site), *symbols_of(graph, site)]))
+class Rewriter:
+    """Replaces attentions of one graph by the op.
 
-    def traced(*values: Tensor) -> tuple[Tensor, ...]:
+    A model has the same attention in every layer: what replaces it is traced once, then copied.
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.bodies: dict[Hashable, Graph] = {}
+        self.symbols: dict[Any, Node] = {}  # the first node that holds each
+        for node in graph.nodes:
+            if isinstance(size := node.meta.get("val"), torch.SymInt):
+                self.symbols.setdefault(size.node.expr, node)
+
+    def rewrite(self, site: MLASite) -> MLASite | Miss:
+        """Replace the attention, or say why not.  The caller removes what becomes dead."""
+        seen: dict[Any, int] = {}
+        kind = structure(replace(site, where=""), seen)
+        replaced = (site.root, *site.lse)
+        inputs = [x for x in seen if isinstance(x, Node) and x not in replaced]
+        symbols = [n for s, n in self.symbols.items() if s in seen and n < site.root]
+        with inputs[0].meta["val"].fake_mode, torch.no_grad():
+            inputs += symbols
+            try:
+                if (kind, *symbols) not in self.bodies:
+                    self.bodies[kind, *symbols] = traced(site, inputs)
+            except Refusal as refusal:
+                return refusal.miss(site.root)
+            replacements = self.copy(self.bodies[kind, *symbols], inputs, site.root)
+        for old, new in zip(replaced, replacements, strict=True):
+            old.replace_all_uses_with(new)
+        if site.root.target is operator.getitem:
+            erase_fused_call(site.root.args[0])
+        return site
+
+    def copy(self, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
+        """Copy `body` into the graph, with the user's source lines of the node it stands in for."""
+        kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
+        copies: dict[Node, Node] = {}
+        with self.graph.inserting_before(before):
+            for node in body.nodes:
+                if node.op == "placeholder":
+                    copies[node] = inputs[len(copies)]
+                elif node.op == "call_function":
+                    copy = copies[node] = self.graph.node_copy(node, copies.__getitem__)
+                    args, kwargs = map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
+                    copy.meta = kept | {"val": copy.target(*args, **kwargs)}
+        return tuple(map(copies.__getitem__, body.output_node().args[0]))
+
+
+def structure(value: Any, seen: dict[Any, int]) -> Hashable:
+    """Equal for two sites if the same nodes can replace both, reading other tensors.
+
+    Numbers the nodes, labels and symbols that it comes across.
+    """
+    if isinstance(value, torch.SymInt):
+        for symbol in sorted(value.node.expr.free_symbols, key=str):
+            seen.setdefault(symbol, len(seen))
+        return value.node.expr
+    if isinstance(value, tuple):
+        return tuple(structure(x, seen) for x in value)
+    if isinstance(value, Node):
+        t = value.meta["val"]
+        layout = structure((*t.shape, *t.stride()), seen)
+        return seen.setdefault(value, len(seen)), t.dtype, t.device, layout
+    if isinstance(value, Label):
+        return seen.setdefault(value, len(seen)), structure(value.size, seen)
+    if is_dataclass(value):
+        return tuple(structure(getattr(value, f.name), seen) for f in fields(value))
+    return value
+
+
+def traced(site: MLASite, inputs: list[Node]) -> Graph:
+    """What replaces the attention, as a function of these nodes."""
+
+    def attention(*values: Tensor) -> tuple[Tensor, ...]:
         return Emitter(dict(zip(inputs, values, strict=True))).attention(site)
 
-    examples = [n.meta["val"] for n in inputs]
-    mode = next(n for n in inputs if is_tensor(n)).meta["val"].fake_mode
-    try:
-        with mode, torch.no_grad():
-            body = make_fx(traced, select_decomp_table())(*examples).graph
-    except Refusal as refusal:
-        return refusal.miss(site.root)
-    replacements = inline(graph, body, inputs, site.root)
-    for old, new in zip((site.root, *site.lse), replacements, strict=True):
-        old.replace_all_uses_with(new)
-    if site.lse:
-        stable_topological_sort(graph)
-    if site.root.target is operator.getitem:
-        erase_fused_call(site.root.args[0], graph)
-    return site
+    body = make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
+    for node in body.nodes:
+        if node.target in VIEWS and same_layout(node, node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+    body.eliminate_dead_code()
+    return body
 
 
-def erase_fused_call(call: Node, graph: Graph) -> None:
+def same_layout(a: Node, b: Node) -> bool:
+    return all(
+        len(x) == len(y) and all(map(equal, x, y))
+        for x, y in zip(*((n.meta["val"].shape, n.meta["val"].stride()) for n in (a, b)), strict=True)
+    )
+
+
+def erase_fused_call(call: Node) -> None:
     """It counts as random, so that no one else removes it."""
     for dead in (*call.users, call):
-        graph.erase_node(dead)
-
-
-def inline(graph: Graph, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
-    """Copy `body` into `graph`, keeping the user's source lines of the node it stands in for."""
-    kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
-    placeholders = iter(inputs)
-    copies: dict[Node, Node] = {}
-    with graph.inserting_before(before):
-        for node in body.nodes:
-            if node.op == "placeholder":
-                copies[node] = next(placeholders)
-            elif node.op == "output":
-                return tuple(map(copies.__getitem__, node.args[0]))
-            else:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-                copies[node].meta.update(kept)
-    raise AssertionError("a traced graph ends in an output")
-
-
-def leaves_of(site: MLASite) -> Iterable[Leaf]:
-    for term in (site.latent, site.rope):
-        if term:
-            yield from (*term.query, term.key)
-    yield from site.weights
-    yield from (m.leaf for m in site.masks)
-    yield from site.lengths.terms if site.lengths else ()
-    if site.paging:
-        yield from (x for x in (site.paging.kv_c, site.paging.k_pe, site.paging.table) if x)
-
-
-def tensors_of(site: MLASite) -> Iterable[Node]:
-    def nodes(leaf: Leaf) -> Iterable[Node]:
-        yield leaf.node
-        for gathered in (
-            d.label for entry in leaf.index for d in entry if isinstance(d.label, Leaf)
-        ):
-            yield from nodes(gathered)
-
-    for leaf in leaves_of(site):
-        yield from nodes(leaf)
-    for term in (site.latent, site.rope):
-        yield from (s.node for s in term.scalars) if term else ()
-    yield from (s.node for s in site.value_scalars)
-
-
-def symbols_of(graph: Graph, site: MLASite) -> Iterable[Node]:
-    """The nodes that hold the symbols which the sizes of the site are made of."""
-    sizes = [
-        x
-        for leaf in leaves_of(site)
-        for entry in leaf.index
-        for d in entry
-        for x in (d.offset, d.base)
-    ]
-    sizes += [x.size for x in (*site.out, *site.batch, *site.queries, *site.heads, *site.time)]
-    sizes += [*shape(site.root), site.lengths.constant if site.lengths else 0]
-    free = {s for x in sizes if isinstance(x, torch.SymInt) for s in x.node.expr.free_symbols}
-    for node in graph.nodes:
-        if node is site.root:
-            return
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr in free:
-            free.remove(value.node.expr)
-            yield node
+        call.graph.erase_node(dead)
 
 
 @dataclass(frozen=True)
