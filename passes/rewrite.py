@@ -15,13 +15,12 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import Size, aten, dtype, equal, hint, shape
+from mla_compile.passes.graph import Size, dtype, equal, hint, shape
 from mla_compile.passes.indexing import Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
-VIEWS = frozenset({aten.view.default, aten.expand.default, aten.permute.default})
 Group = tuple[Label, ...]
-Labelled = tuple[Tensor, list[Label]]  # one label per dimension
+Labelled = tuple[Tensor, Group]  # one label per dimension
 
 
 class Rewriter:
@@ -102,19 +101,7 @@ def traced(site: MLASite, inputs: list[Node]) -> Graph:
     def attention(*values: Tensor) -> tuple[Tensor, ...]:
         return Emitter(dict(zip(inputs, values, strict=True))).attention(site)
 
-    body = make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
-    for node in body.nodes:
-        if node.target in VIEWS and same_layout(node, node.args[0]):
-            node.replace_all_uses_with(node.args[0])
-    body.eliminate_dead_code()
-    return body
-
-
-def same_layout(a: Node, b: Node) -> bool:
-    return all(
-        len(x) == len(y) and all(map(equal, x, y))
-        for x, y in zip(*((n.meta["val"].shape, n.meta["val"].stride()) for n in (a, b)), strict=True)
-    )
+    return make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
 
 
 def erase_fused_call(call: Node) -> None:
@@ -158,7 +145,7 @@ class Emitter:
 
     def query(self, term: ScoreTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
         """[T, N, width]: the product of the queries and, where the keys are expanded, W_UK."""
-        q = self.product(term.query, (*rows, (term.feature,)))
+        q = product([*map(self.spread, term.query)], [*rows, (term.feature,)])
         if term.scale != sm_scale:
             q = q * (term.scale / sm_scale)
         return self.scaled(q, term.scalars)
@@ -235,18 +222,17 @@ class Emitter:
 
     def lse(self, lse: Tensor, node: Node, site: MLASite) -> Tensor:
         """From [T, N] to the shape and type of the graph's own log of the sum."""
-        labels = [*site.batch, *site.queries, *site.heads]
-        rows = broadcast_to(lse.reshape([x.size for x in labels]), labels, site.rows)
-        return laid_out(rows.reshape(shape(node)).to(dtype(node)), node)
+        rows = (*site.batch, *site.queries, *site.heads)
+        value = reshape(lse, [x.size for x in rows]), rows
+        return like(node, arrange(value, [(x,) for x in site.rows]))
 
     def output(self, out: Tensor, site: MLASite) -> Tensor:
         """From [T, N, Lkv] to the root's shape and type, through W_UV where there is one."""
         labels = (*site.batch, *site.queries, *site.heads, site.value_feature)
-        latent = out.reshape([x.size for x in labels])
-        result = einsum([(latent, list(labels)), *map(self.spread, site.weights)], site.out)
+        latent = reshape(out, [x.size for x in labels]), labels
+        result = product([latent, *map(self.spread, site.weights)], [(x,) for x in site.out])
         result = result * site.value_scale if site.value_scale != 1 else result
-        result = self.scaled(result, site.value_scalars)
-        return laid_out(result.reshape(shape(site.root)).to(dtype(site.root)), site.root)
+        return like(site.root, self.scaled(result, site.value_scalars))
 
     def scaled(self, tensor: Tensor, scalars: tuple[Scalar, ...]) -> Tensor:
         for scalar in scalars:
@@ -254,22 +240,14 @@ class Emitter:
             tensor = tensor / factor if scalar.inverse else tensor * factor
         return tensor
 
-    def product(self, leaves: tuple[Leaf, ...], groups: tuple[Group, ...]) -> Tensor:
-        """The product of leaves, summed over labels in no group; one dimension per group."""
-        labels = [x for group in groups for x in group]
-        value = einsum([self.spread(x) for x in leaves], labels)
-        return value.reshape([span(group) for group in groups])
-
-    def view(self, leaf: Leaf, groups: tuple[Group, ...]) -> Tensor:
+    def view(self, leaf: Leaf, groups: Sequence[Group]) -> Tensor:
         """A leaf with one dimension per group, of size one where it has no label of the group."""
-        tensor, labels = self.spread(leaf)
-        groups = tuple(group if set(group) & set(labels) else () for group in groups)
-        tensor = broadcast_to(tensor, labels, [x for group in groups for x in group])
-        return tensor.reshape([span(group) for group in groups])
+        value = self.spread(leaf)
+        return arrange(value, [g if set(g) & set(value[1]) else () for g in groups])
 
     def spread(self, leaf: Leaf) -> Labelled:
         """A leaf as a tensor with one dimension per label."""
-        tensor, labels = self.tensors[leaf.node], []
+        tensor, labels = self.tensors[leaf.node], ()
         for entry in leaf.index:
             dim = len(labels)
             if not entry:
@@ -286,7 +264,7 @@ class Emitter:
                     labels += inner
                 else:
                     tensor = tensor if d.full else tensor.narrow(dim, d.offset, d.label.size)
-                    labels.append(d.label)
+                    labels += (d.label,)
         return tensor, labels
 
 
@@ -294,30 +272,55 @@ def gathers(leaf: Leaf) -> bool:
     return any(isinstance(d.label, Leaf) for entry in leaf.index for d in entry)
 
 
-def broadcast_to(tensor: Tensor, labels: list[Label], wanted: Sequence[Label]) -> Tensor:
-    """Permute dimensions from `labels` to the order of `wanted`; expand over missing ones."""
-    tensor = tensor.permute([labels.index(x) for x in wanted if x in labels])
+def arrange(value: Labelled, groups: Sequence[Group]) -> Tensor:
+    """A tensor with one dimension per group of labels, expanded over those that it lacks."""
+    tensor, labels = value
+    wanted = [x for group in groups for x in group]
+    order = [labels.index(x) for x in wanted if x in labels]
+    if order != sorted(order):
+        tensor = tensor.permute(order)
     for dim, x in enumerate(wanted):
         if x not in labels:
             tensor = tensor.unsqueeze(dim)
-    return tensor.expand([x.size for x in wanted])
+    if len(order) < len(wanted):
+        tensor = tensor.expand([x.size for x in wanted])
+    return reshape(tensor, [span(group) for group in groups])
 
 
-def einsum(factors: list[Labelled], wanted: Sequence[Label]) -> Tensor:
-    """The product of labelled tensors in their widest type, with the dimensions `wanted`."""
+def product(factors: Sequence[Labelled], groups: Sequence[Group]) -> Tensor:
+    """The product in the widest type of all, summed over the labels that are in no group."""
     wide = functools.reduce(torch.promote_types, [t.dtype for t, _ in factors])
-    numbers: dict[Label, int] = {}
-    operands: list[object] = []
-    for tensor, labels in factors:
-        operands += [tensor.to(wide), [numbers.setdefault(x, len(numbers)) for x in labels]]
-    present = [x for x in wanted if x in numbers]
-    return broadcast_to(torch.einsum(*operands, [numbers[x] for x in present]), present, wanted)
+    value, labels = factors[0][0].to(wide), factors[0][1]
+    for i, (factor, others) in enumerate(factors[1:], start=2):
+        later = {x for _, found in factors[i:] for x in found}.union(*groups)
+        batch = tuple(x for x in labels if x in others and x in later)
+        summed = tuple(x for x in labels if x in others and x not in later)
+        rows = tuple(x for x in labels if x not in others)
+        columns = tuple(x for x in others if x not in labels)
+        left = arrange((value, labels), (batch, rows, summed))
+        right = arrange((factor.to(wide), others), (batch, summed, columns))
+        labels = batch + rows + columns
+        value = reshape(torch.bmm(left, right), [x.size for x in labels])
+    wanted = frozenset().union(*groups)
+    if alone := [dim for dim, x in enumerate(labels) if x not in wanted]:
+        value, labels = value.sum(alone), tuple(x for x in labels if x in wanted)
+    return arrange((value, labels), groups)
 
 
-def laid_out(tensor: Tensor, node: Node) -> Tensor:
-    """The tensor laid out in memory in the node's order: views follow that rely on it."""
+def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """Without a view that changes nothing: each one costs time in every copy."""
+    if len(sizes) == tensor.dim() and all(map(equal, tensor.shape, sizes)):
+        return tensor
+    return tensor.reshape(sizes)
+
+
+def like(node: Node, tensor: Tensor) -> Tensor:
+    """The tensor in the node's shape and type, and its order in memory: later views rely on it."""
+    tensor = reshape(tensor, shape(node)).to(dtype(node))
     strides = [hint(n) for n in node.meta["val"].stride()]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    if order == sorted(order):
+        return tensor.contiguous()
     back = sorted(range(len(order)), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(back)
 
