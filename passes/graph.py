@@ -90,7 +90,7 @@ def equal(a: Size, b: Size) -> bool:
 
 
 def divides(a: Size, b: Size) -> bool:
-    return equal(b % a, 0)
+    return equal(a, b) or equal(b % a, 0)
 
 
 def plain(n: Size) -> Size:

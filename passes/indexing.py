@@ -121,7 +121,7 @@ def whole(label: Label) -> Entry:
 
 def squeeze(node: Node, index: Index) -> Index:
     """Drop what an index says about dimensions of size one: nothing."""
-    return tuple(() if equal(n, 1) else e for n, e in zip(shape(node), index, strict=True))
+    return tuple(() if e and equal(n, 1) else e for n, e in zip(shape(node), index, strict=True))
 
 
 def broadcast(node: Node, index: Index) -> Index:
@@ -145,7 +145,8 @@ def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | N
             if not digits:
                 return None
             digit = digits.pop()
-            if not divides(span * digit.base, size):
+            reach = span * digit.base if entry else digit.base
+            if not divides(reach, size):
                 inner = size // span
                 if not (equal(span * inner, size) and divides(inner, digit.base)):
                     return None
@@ -154,8 +155,9 @@ def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | N
                     return None
                 outer, digit = parts
                 digits.append(outer)
+                reach = size
             entry.insert(0, digit)
-            span = span * digit.base
+            span = reach
         entries.append(tuple(entry))
     return tuple(reversed(entries)) if not digits else None
 

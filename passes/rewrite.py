@@ -59,17 +59,24 @@ class Rewriter:
         return site
 
     def copy(self, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
-        """Copy `body` into the graph, with the user's source lines of the node it stands in for."""
+        """Copy `body` into the graph, with the user's source lines of the node it stands in for.
+
+        The copies' values are the body's, but for views: they share the memory of these inputs.
+        """
         kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
         copies: dict[Node, Node] = {}
+        views = {*body.find_nodes(op="placeholder")}
         with self.graph.inserting_before(before):
             for node in body.nodes:
                 if node.op == "placeholder":
                     copies[node] = inputs[len(copies)]
                 elif node.op == "call_function":
                     copy = copies[node] = self.graph.node_copy(node, copies.__getitem__)
-                    args, kwargs = map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
-                    copy.meta = kept | {"val": copy.target(*args, **kwargs)}
+                    copy.meta = kept | {"val": node.meta["val"]}
+                    if getattr(node.target, "is_view", False) and node.args[0] in views:
+                        views.add(node)
+                        args = map_arg(copy.args, lambda n: n.meta["val"])
+                        copy.meta["val"] = copy.target(*args)
         return tuple(map(copies.__getitem__, body.output_node().args[0]))
 
 
