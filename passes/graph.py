@@ -83,14 +83,19 @@ def equal(a: Size, b: Size) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     known = _KNOWN.setdefault((b if isinstance(a, int) else a).node.shape_env, {})
-    sides = tuple(n if isinstance(n, int) else n.node.expr for n in (a, b))
+    sides = expression(a), expression(b)
     if sides not in known:
         known[sides] = true(a == b)
     return known[sides]
 
 
 def divides(a: Size, b: Size) -> bool:
-    return equal(a, b) or equal(b % a, 0)
+    return equal(a, 1) or equal(a, b) or equal(b % a, 0)
+
+
+def expression(n: Size) -> Any:
+    """A size as what can be hashed: an int, or what SymPy makes of it."""
+    return n.node.expr if isinstance(n, torch.SymInt) else n
 
 
 def plain(n: Size) -> Size:

@@ -14,7 +14,7 @@ from math import prod
 
 from torch.fx import Node
 
-from mla_compile.passes.graph import Size, divides, equal, plain, shape
+from mla_compile.passes.graph import Size, divides, equal, expression, plain, shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +54,13 @@ class Digit:
             and equal(self.label.size, self.base)
         )
 
-    def key(self, rename: dict[Label, str]) -> tuple[object, str, str]:
+    def key(self, rename: dict[Label, str]) -> tuple[object, ...]:
         name: object = None
         if isinstance(self.label, Label):
             name = rename.get(self.label, self.label)
         elif self.label is not None:
             name = self.label.key(rename)
-        return name, str(self.offset), str(self.base)
+        return name, expression(self.offset), expression(self.base)
 
     def __repr__(self) -> str:
         shift = "" if self.full or equal(self.offset, 0) else f"+{self.offset}"

@@ -61,22 +61,18 @@ class Rewriter:
     def copy(self, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
         """Copy `body` into the graph, with the user's source lines of the node it stands in for.
 
-        The copies' values are the body's, but for views: they share the memory of these inputs.
+        The copies' values are the body's, but for views of other inputs than the body's own.
         """
         kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
-        copies: dict[Node, Node] = {}
-        views = {*body.find_nodes(op="placeholder")}
+        copies = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+        moved = {x for x, own in copies.items() if not shares_memory(x.meta["val"], own.meta["val"])}
         with self.graph.inserting_before(before):
-            for node in body.nodes:
-                if node.op == "placeholder":
-                    copies[node] = inputs[len(copies)]
-                elif node.op == "call_function":
-                    copy = copies[node] = self.graph.node_copy(node, copies.__getitem__)
-                    copy.meta = kept | {"val": node.meta["val"]}
-                    if getattr(node.target, "is_view", False) and node.args[0] in views:
-                        views.add(node)
-                        args = map_arg(copy.args, lambda n: n.meta["val"])
-                        copy.meta["val"] = copy.target(*args)
+            for node in (n for n in body.nodes if n.op == "call_function"):
+                copy = copies[node] = self.graph.node_copy(node, copies.__getitem__)
+                copy.meta = kept | {"val": node.meta["val"]}
+                if getattr(node.target, "is_view", False) and node.args[0] in moved:
+                    moved.add(node)
+                    copy.meta["val"] = copy.target(*map_arg(copy.args, lambda n: n.meta["val"]))
         return tuple(map(copies.__getitem__, body.output_node().args[0]))
 
 
@@ -174,8 +170,7 @@ class Emitter:
         view = self.view(key, groups)
         if not equal(view.stride(-1), 1):
             raise Refusal(Reason.LAYOUT, f"the features of {key} are not consecutive", key.node)
-        in_place = view.untyped_storage()._cdata == self.tensors[key.node].untyped_storage()._cdata
-        if not (in_place or gathers(key)):
+        if not (shares_memory(view, self.tensors[key.node]) or gathers(key)):
             raise Refusal(Reason.LAYOUT, f"{key} cannot be read in place", key.node)
         return view
 
@@ -273,6 +268,12 @@ class Emitter:
                     tensor = tensor if d.full else tensor.narrow(dim, d.offset, d.label.size)
                     labels += (d.label,)
         return tensor, labels
+
+
+def shares_memory(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return True  # a size
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def gathers(leaf: Leaf) -> bool:
