@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mla_compile.backend import composed
 from mla_compile.page import Section, html
 from mla_compile.passes.graph import strip
 from mla_compile.passes.inductor import MLAPass, Verdict
-from mla_compile.passes.site import Miss, MLASite, ScoreTerm, source_line
+from mla_compile.passes.site import Miss, MLASite, Reason, ScoreTerm, source_line
 from mla_compile.passes.softmax import find_softmaxes, is_attention
 from mla_compile.picture import Op, between, snapshot, svg
 from mla_compile.saving import saving
@@ -84,10 +85,13 @@ class Refused:
 
 @dataclass
 class Report:
-    """`sites` were rewritten, `misses` were not; str() is a table of both."""
+    """`sites` were rewritten, `misses` were not; str() is a table of all."""
 
     sites: list[Rewritten] = field(default_factory=list)
     misses: list[Refused] = field(default_factory=list)
+    others: list[str] = field(
+        default_factory=list
+    )  # source lines of softmaxes that are no attention
     breaks: list[str] = field(default_factory=list)  # graph breaks: source line and reason
     graphs: int = 0  # that were compiled
 
@@ -107,6 +111,9 @@ class Report:
         for text in self.breaks:
             where, _, reason = text.partition(": ")
             yield Section(f"graph break at {where}", {"reason": reason})
+        for where, count in Counter(self.others).items():
+            why = f"{count} softmax(es) of something else than queries times keys"
+            yield Section(f"no attention at {where}", {"reason": why})
 
     def __str__(self) -> str:
         lines = [self.title()]
@@ -132,7 +139,7 @@ class Recorder(MLAPass):
         self.earlier = len(graph_breaks())
         self.ops: dict[str, Op] = {}  # of the graph at hand, before the pass
         self.known: set[str] = set()  # its nodes, those of rewritten attentions included
-        self.graph_break = ""
+        self.ended = self.resumed = ""  # the breaks that it ends at and begins after
 
     def uuid(self) -> None:
         return None
@@ -142,26 +149,23 @@ class Recorder(MLAPass):
 
     def __call__(self, graph: Graph) -> None:
         self.report.graphs += 1
-        self.graph_break = self.break_beside()
-        self.ops = snapshot(graph.nodes)
-        self.known = set(self.ops)
-        if self.graph_break:
-            self.report.misses += cut_attentions(graph, self.graph_break)
-        super().__call__(graph)
-
-    def break_beside(self) -> str:
-        """The break that ends the graph at hand, else the one that it resumes after, else ''."""
+        self.resumed = self.report.breaks[-1] if self.report.breaks and resumes() else ""
         new = graph_breaks()[self.earlier + len(self.report.breaks) :]
         self.report.breaks += map(described, new)
-        tracing = TracingContext.try_get()
-        codes = [code.co_name for code in (tracing and tracing.traced_code) or []]
-        resumed = any(name.startswith("torch_dynamo_resume_in") for name in codes)
-        return self.report.breaks[-1] if new or (resumed and self.report.breaks) else ""
+        self.ended = self.report.breaks[-1] if new else ""
+        self.ops = snapshot(graph.nodes)
+        self.known = set(self.ops)
+        if self.ended:
+            self.report.misses += cut_attentions(graph, self.ended)
+        super().__call__(graph)
 
     def note(self, verdict: Verdict) -> None:
         super().note(verdict)
         if isinstance(verdict, Miss):
-            self.report.misses.append(refused(verdict, self.graph_break))
+            if verdict.reason is Reason.NO_QUERY:
+                self.report.others.append(verdict.where)
+            else:
+                self.report.misses.append(refused(verdict, self.resumed, self.ended))
             return
         nodes = snapshot(verdict.root.graph.nodes)
         new = [op for name, op in nodes.items() if name not in self.known]
@@ -173,6 +177,13 @@ def graph_breaks() -> list[Any]:
     """All since the process started: Dynamo's own record, which nothing else clears."""
     reasons: list[Any] = vars(output_graph)["graph_break_reasons"]
     return reasons
+
+
+def resumes() -> bool:
+    """The graph at hand begins after a graph break."""
+    tracing = TracingContext.try_get()
+    codes = [code.co_name for code in (tracing and tracing.traced_code) or []]
+    return any(name.startswith("torch_dynamo_resume_in") for name in codes)
 
 
 def described(reason: Any) -> str:
@@ -199,19 +210,30 @@ def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
     ]
 
 
-def refused(miss: Miss, graph_break: str) -> Refused:
-    return Refused(
+def refused(miss: Miss, resumed: str, ended: str) -> Refused:
+    found = Refused(
         where=miss.where,
-        module=module_path(miss.node),
+        module=module_path(miss.attention),
         reason=miss.reason.name,
         detail=miss.detail,
         remedy=miss.remedy,
         node=described_node(miss.node),
-        graph_break=graph_break,
+        graph_break=ended or resumed,
+    )
+    if not resumed or miss.node.op != "placeholder":
+        return found
+    return replace(
+        found,
+        reason="GRAPH_BREAK",
+        detail=f"{miss.detail}; what it is made of is before the graph break",
+        remedy="take the graph break out from between cache and attention",
+        graph_break=resumed,
     )
 
 
 def described_node(node: Node) -> str:
+    if node.op == "placeholder":
+        return f"{node.name}, an input of the graph"
     return f"{node.name} ({node.target}), {source_line(node)}"
 
 

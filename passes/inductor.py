@@ -21,11 +21,12 @@ from mla_compile.passes.absorb import weigh
 from mla_compile.passes.graph import measure_inputs
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.rewrite import Rewriter
-from mla_compile.passes.site import Miss, MLASite
+from mla_compile.passes.site import Miss, MLASite, Reason
 
 log = logging.getLogger(__name__)
 
-# rewritten, missed, failed: attentions since the process started, or since counters.clear()
+# Attentions rewritten, missed and failed, and other softmaxes, since the process started or since
+# counters.clear().
 counters: Counter[str] = Counter()
 
 Verdict = MLASite | Miss
@@ -101,7 +102,8 @@ class MLAPass(CustomGraphPass):
                 verdict.dims,
             )
         else:
-            counters["missed"] += 1
+            attention = verdict.reason is not Reason.NO_QUERY
+            counters["missed" if attention else "others"] += 1
             log.info(
                 "left alone: %s: %s (%s); %s",
                 verdict.where,

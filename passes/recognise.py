@@ -8,6 +8,7 @@ not depend on.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from math import isfinite
 
 from torch.fx import Graph, Node
@@ -32,9 +33,11 @@ from mla_compile.passes.score import cached, split_keys, split_score, uncapped
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, source_line, span
 from mla_compile.passes.softmax import (
     Attention,
+    Normalised,
     attention_of,
     escape,
     find_softmaxes,
+    has_queries,
     is_attention,
 )
 
@@ -45,8 +48,17 @@ QUANTISED = ("scaled_mm", "int_mm", "int4", "int8", "quant", "packed")
 def recognise(graph: Graph) -> Iterator[MLASite | Miss]:
     """What each attention of the graph is.  One may be rewritten before the next is asked for."""
     training = any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
+    softmaxes = [x for x in find_softmaxes(graph) if is_attention(x)]
+    others = {x.node for x in softmaxes if not has_queries(x)}
+    for verdict in judge_all(softmaxes, training):
+        if isinstance(verdict, Miss) and verdict.attention in others:
+            verdict = replace(verdict, reason=Reason.NO_QUERY)
+        yield verdict
+
+
+def judge_all(softmaxes: list[Normalised], training: bool) -> Iterator[MLASite | Miss]:
     sharing = []
-    for softmax in list(filter(is_attention, find_softmaxes(graph))):
+    for softmax in softmaxes:
         try:
             if training:
                 raise Refusal(Reason.TRAINING, "the graph also computes gradients")
@@ -206,8 +218,8 @@ def why_no_latent(terms: tuple[Term, ...], softmax: Softmax, attention: Attentio
             if node.target in CONTRACTIONS:
                 detail = f"{leaf.node.name} ({leaf.node.target}) is between the projection and them"
                 return Refusal(Reason.BETWEEN, detail, leaf.node)
-    detail = "keys and values have a row for every head and query"
-    return Refusal(Reason.NO_LATENT, detail, attention.softmax)
+    values = next(cache_leaves(terms, softmax)).node
+    return Refusal(Reason.NO_LATENT, f"{values.name} has a row for every head and query", values)
 
 
 def computed_for(tokens: Size, node: Node) -> Iterator[Node]:

@@ -65,7 +65,9 @@ class Rewriter:
         """
         kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
         copies = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
-        moved = {x for x, own in copies.items() if not shares_memory(x.meta["val"], own.meta["val"])}
+        moved = {
+            x for x, own in copies.items() if not shares_memory(x.meta["val"], own.meta["val"])
+        }
         with self.graph.inserting_before(before):
             for node in (n for n in body.nodes if n.op == "call_function"):
                 copy = copies[node] = self.graph.node_copy(node, copies.__getitem__)

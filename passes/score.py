@@ -63,9 +63,9 @@ def split_score(
             masks.append(Mask(factor, scale=term.scale))
     if not contractions:
         leaf = score[0].factors[0]
-        scaled = isinstance(leaf, Leaf) and leaf.node.target in SCALINGS
+        node = leaf.node if isinstance(leaf, Leaf) else attention.softmax
         detail = f"the scores are {leaf}, no contraction of queries with a cache times a number"
-        raise Refusal(Reason.SCALE if scaled else Reason.SCORE, detail, attention.softmax)
+        raise Refusal(Reason.SCALE if node.target in SCALINGS else Reason.SCORE, detail, node)
     return contractions, tuple(masks)
 
 

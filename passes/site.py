@@ -48,7 +48,7 @@ class Reason(enum.Enum):
     QUANTISED = (
         "keep kv_b_proj in a floating type, so that it can be absorbed into query and output"
     )
-    INTERNAL = "report it, with the trace in the log; the graph was left as it was"
+    NO_QUERY = "nothing to do: this softmax is of no queries times keys, hence no attention"
 
 
 def source_line(node: Node) -> str:
@@ -66,12 +66,16 @@ def source_line(node: Node) -> str:
 
 @dataclass(frozen=True)
 class Miss:
-    """An attention that was left as it was."""
+    """An attention that was left as it was, and the node that is the reason."""
 
     reason: Reason
     detail: str
     node: Node
-    where: str
+    attention: Node
+
+    @property
+    def where(self) -> str:
+        return source_line(self.attention)
 
     @property
     def remedy(self) -> str:
@@ -86,8 +90,7 @@ class Refusal(Exception):
         self.reason, self.detail, self.node = reason, detail, node
 
     def miss(self, attention: Node) -> Miss:
-        node = self.node or attention
-        return Miss(self.reason, self.detail, node, source_line(attention))
+        return Miss(self.reason, self.detail, self.node or attention, attention)
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,27 @@ def is_attention(softmax: Normalised) -> bool:
     return softmax.scores is None or weighs(softmax.node)
 
 
+def has_queries(softmax: Normalised) -> bool:
+    """Its scores are contractions, but for what is done element by element or joined to them.
+
+    They may be, where they come from outside of the graph.
+    """
+    todo, seen = [softmax.scores or softmax.node], set()
+    while todo:
+        node = todo.pop()
+        summed = node.target is aten.sum.dim_IntList
+        multiplied = summed and node.args[0].target is aten.mul.Tensor
+        if node.target in CONTRACTIONS | FUSED_ATTENTION or multiplied or node.op == "placeholder":
+            return True
+        whole = node.target in RENAMES or node.target is aten.cat.default
+        before = [
+            x for x in node.all_input_nodes if is_tensor(x) and (whole or same_shape(x, node))
+        ]
+        todo += [x for x in before if x not in seen]
+        seen |= {*before}
+    return False
+
+
 def weighs(weights: Node) -> bool:
     """The weights, or something made of them element by element, are summed up in a contraction."""
     todo, seen = [weights], {weights}
