@@ -89,9 +89,7 @@ class Report:
 
     sites: list[Rewritten] = field(default_factory=list)
     misses: list[Refused] = field(default_factory=list)
-    others: list[str] = field(
-        default_factory=list
-    )  # source lines of softmaxes that are no attention
+    others: list[str] = field(default_factory=list)  # source lines of other softmaxes
     breaks: list[str] = field(default_factory=list)  # graph breaks: source line and reason
     graphs: int = 0  # that were compiled
 

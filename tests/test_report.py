@@ -180,7 +180,7 @@ def appended(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def test_an_attention_after_a_graph_break_keeps_its_own_reason() -> None:
     shapes = (B, N, 1, P), (B, N, SKV, P), (B, N, SKV, P)
     (miss,) = mla_compile.explain(appended, *map(torch.randn, shapes)).misses
-    assert miss.reason == "VALUE"
+    assert miss.reason == "NO_LATENT"
 
 
 def mixed(x: Tensor, w: Tensor) -> Tensor:
