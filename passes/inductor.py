@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import triton
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph
 
 import mla_compile.ops
@@ -72,9 +71,9 @@ class MLAPass(CustomGraphPass):
         return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
 
     def _run(self, graph: Graph) -> None:
+        rewriter = Rewriter(graph)
         try:
             measure_inputs(graph)
-            rewriter = Rewriter(graph)
             for verdict in recognise(graph):
                 if isinstance(verdict, MLASite):
                     verdict = weigh(verdict)
@@ -88,8 +87,7 @@ class MLAPass(CustomGraphPass):
             log.exception(
                 "the pass failed and left the rest of the graph as it was; please report this trace"
             )
-        stable_topological_sort(graph)
-        graph.eliminate_dead_code()
+        rewriter.remove_dead_code()
 
     def note(self, verdict: Verdict) -> None:
         if isinstance(verdict, MLASite):

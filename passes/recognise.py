@@ -30,11 +30,12 @@ from mla_compile.passes.masks import check_masks, split_lengths
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
 from mla_compile.passes.score import cached, split_keys, split_score, uncapped
-from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, source_line, span
+from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, span
 from mla_compile.passes.softmax import (
     Attention,
     Normalised,
     attention_of,
+    cropped,
     escape,
     find_softmaxes,
     has_queries,
@@ -93,9 +94,12 @@ def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss
         return site(attention, beside)
     except (Refine, Segment) as request:
         detail = f"a view splits {request.label} in a way that no index follows"
-        return Refusal(Reason.LAYOUT, detail).miss(attention.softmax)
+        miss = Refusal(Reason.LAYOUT, detail).miss(attention.softmax)
     except Refusal as refusal:
-        return refusal.miss(attention.softmax)
+        miss = refusal.miss(attention.softmax)
+    part = cropped(attention)
+    verdict = judge(part, beside) if part else miss
+    return verdict if isinstance(verdict, MLASite) else miss
 
 
 def site(attention: Attention, beside: Collection[Node]) -> MLASite:
@@ -164,7 +168,7 @@ def described(
         logit_cap=logit_cap,
         paging=find_paging(latent, rope, batch, softmax.time, masks),
         lse=attention.lse,
-        where=source_line(attention.softmax),
+        softmax=attention.softmax,
     )
     check_labels(found, value, attention)
     check(found, attention)

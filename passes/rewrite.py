@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -31,6 +31,7 @@ class Rewriter:
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self.replaced: set[Node] = set()
         self.bodies: dict[Hashable, Graph] = {}
         self.symbols: dict[Any, Node] = {}  # the first node that holds each
         for node in graph.nodes:
@@ -38,11 +39,11 @@ class Rewriter:
                 self.symbols.setdefault(size.node.expr, node)
 
     def rewrite(self, site: MLASite) -> MLASite | Miss:
-        """Replace the attention, or say why not.  The caller removes what becomes dead."""
+        """Replace the attention, or say why not."""
         seen: dict[Any, int] = {}
-        kind = structure(replace(site, where=""), seen)
-        replaced = (site.root, *site.lse)
-        inputs = [x for x in seen if isinstance(x, Node) and x not in replaced]
+        kind = structure(replace(site, softmax=site.root), seen)
+        results = (site.root, *site.lse)
+        inputs = [x for x in seen if isinstance(x, Node) and x not in results]
         symbols = [n for s, n in self.symbols.items() if s in seen and n < site.root]
         with inputs[0].meta["val"].fake_mode, torch.no_grad():
             inputs += symbols
@@ -52,11 +53,15 @@ class Rewriter:
             except Refusal as refusal:
                 return refusal.miss(site.root)
             replacements = self.copy(self.bodies[kind, *symbols], inputs, site.root)
-        for old, new in zip(replaced, replacements, strict=True):
+        for old, new in zip(results, replacements, strict=True):
             old.replace_all_uses_with(new)
-        if site.root.target is operator.getitem:
-            erase_fused_call(site.root.args[0])
+        self.replaced.add(site.softmax)
         return site
+
+    def remove_dead_code(self) -> None:
+        """Fused calls count as random: no one else removes those that were replaced."""
+        stable_topological_sort(self.graph)  # an lse may be read before the attention's output
+        self.graph.eliminate_dead_code(lambda n: n.is_impure() and n not in self.replaced)
 
     def copy(self, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
         """Copy `body` into the graph, with the user's source lines of the node it stands in for.
@@ -107,12 +112,6 @@ def traced(site: MLASite, inputs: list[Node]) -> Graph:
         return Emitter(dict(zip(inputs, values, strict=True))).attention(site)
 
     return make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
-
-
-def erase_fused_call(call: Node) -> None:
-    """It counts as random, so that no one else removes it."""
-    for dead in (*call.users, call):
-        call.graph.erase_node(dead)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,7 @@ class MLASite:
     heads in the graph's order.
     """
 
+    softmax: Node
     root: Node
     out: tuple[Label, ...]
     rows: tuple[Label, ...]
@@ -182,7 +183,10 @@ class MLASite:
     logit_cap: float
     paging: Paging | None
     lse: tuple[Node, ...]
-    where: str
+
+    @property
+    def where(self) -> str:
+        return source_line(self.softmax)
 
     @property
     def expanded(self) -> bool:

@@ -8,7 +8,7 @@ values are weighed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
@@ -62,7 +62,7 @@ class Attention:
     """A softmax, the `contraction` that consumes it, and the `path` from it to the `root`.
 
     The root is the contraction or, with a `total`, the division after it; that of a fused call is
-    its first result.  `lse` are the nodes that hold log Σ exp(scores), if any is used elsewhere.
+    its first result; or what is cropped of these.  `lse` are the nodes that hold log Σ exp(scores), if any is used elsewhere.
     """
 
     softmax: Node
@@ -315,6 +315,17 @@ def attention_of(softmax: Normalised) -> Attention:
     replaced = {root, node}
     lse = (n for n in log_sum_exps(scores, axis) if escape(n, replaced))
     return Attention(node, scores, axis, total, contraction, root, path, tuple(lse))
+
+
+def cropped(attention: Attention) -> Attention | None:
+    """The attention up to a slice of its output, if nothing else is used: what is cut may be pad."""
+    path = [attention.root]
+    while path[-1] is attention.root or path[-1].target is not aten.slice.Tensor:
+        users = readers(path[-1])
+        if len(users) != 1 or users[0].target not in RENAMES | CASTS | {aten.slice.Tensor}:
+            return None
+        path += users
+    return replace(attention, root=path[-1], path=attention.path.union(path))
 
 
 def toward_sums(exponential: Node) -> set[Node]:
