@@ -1,4 +1,4 @@
-"""Questions about the nodes of an ATen graph.
+"""Questions about the nodes of an ATen graph, as Inductor's decompositions leave it.
 
 Sizes may be symbolic; no answer adds a guard.
 """
@@ -18,7 +18,7 @@ prims = torch.ops.prims
 Size = Any  # int or torch.SymInt
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+CASTS = frozenset({prims.convert_element_type.default})
 CONTRACTIONS = frozenset(
     {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 )
@@ -35,12 +35,8 @@ RENAMES = frozenset(
     {
         aten.clone.default,
         aten.alias.default,
-        aten.detach.default,
-        aten.contiguous.default,
         aten.lift_fresh_copy.default,
         aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
         aten.expand.default,
         aten.permute.default,
         aten.unsqueeze.default,

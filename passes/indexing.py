@@ -8,7 +8,7 @@ not move data, so it only rewrites the index: `views.relabel(node, index)` gives
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -82,6 +82,12 @@ class Leaf:
     def labels(self) -> frozenset[Label]:
         return labels_of(self.index)
 
+    @property
+    def tables(self) -> list[tuple[int, Leaf]]:
+        """The dimensions that are read where another tensor says, and its elements that say so."""
+        entries = enumerate(self.index)
+        return [(dim, d.label) for dim, e in entries for d in e if isinstance(d.label, Leaf)]
+
     def key(self, rename: dict[Label, str]) -> tuple[object, ...]:
         """Equal for reads of the same element, up to the names of labels."""
         return self.node, tuple(tuple(d.key(rename) for d in entry) for entry in self.index)
@@ -117,6 +123,29 @@ def labels_of(index: Index) -> frozenset[Label]:
 def whole(label: Label) -> Entry:
     """The entry that runs over all of a dimension."""
     return (Digit(label, 0, label.size),)
+
+
+def substitute(index: Index, label: Label, new: Callable[[Digit], Entry]) -> Index:
+    """The index with the digits of one label replaced."""
+    return tuple(
+        tuple(x for d in entry for x in (new(d) if d.label is label else (d,))) for entry in index
+    )
+
+
+def refined(index: Index, refine: Refine, outer: Label, inner: Label) -> Index:
+    """An index with the digit of one label written as two."""
+
+    def two(d: Digit) -> Entry:
+        if not (divides(inner.size, d.offset) and divides(inner.size, d.base)):
+            raise refine
+        return Digit(outer, d.offset // inner.size, d.base // inner.size), *whole(inner)
+
+    return substitute(index, refine.label, two)
+
+
+def narrowed(index: Index, label: Label, part: Label, begin: Size) -> Index:
+    """An index with one label restricted to the part of it that begins there."""
+    return substitute(index, label, lambda d: (Digit(part, d.offset + begin, d.base),))
 
 
 def squeeze(node: Node, index: Index) -> Index:

@@ -92,23 +92,9 @@ class MLAPass(CustomGraphPass):
     def note(self, verdict: Verdict) -> None:
         if isinstance(verdict, MLASite):
             counters["rewritten"] += 1
-            log.info(
-                "rewritten: %s (%s), mask %s, %s",
-                verdict.where,
-                verdict.family,
-                verdict.mask,
-                verdict.dims,
-            )
         else:
-            attention = verdict.reason is not Reason.NO_QUERY
-            counters["missed" if attention else "others"] += 1
-            log.info(
-                "left alone: %s: %s (%s); %s",
-                verdict.where,
-                verdict.detail,
-                verdict.reason.name,
-                verdict.remedy,
-            )
+            counters["others" if verdict.reason is Reason.NO_QUERY else "missed"] += 1
+        log.info("%s", verdict)
         if self.record:
             self.record(verdict)
 

@@ -13,6 +13,7 @@ import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch.fx import Node
@@ -40,10 +41,11 @@ from mla_compile.passes.indexing import (
     Segment,
     broadcast,
     labels_of,
+    narrowed,
+    refined,
     squeeze,
     whole,
 )
-from mla_compile.passes.labels import cut, refined
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
 from mla_compile.passes.softmax import Attention, is_division
 from mla_compile.passes.views import relabel, settle
@@ -232,12 +234,16 @@ class Evaluator:
             except Refine as refine:
                 if refine.label not in labels:
                     raise
-                return attempt(refined(entry, refine, *self.split(refine)))
+                return attempt(*refined((entry,), refine, *self.split(refine)))
             except Segment as segment:
                 if segment.label not in labels:
                     raise
-                pieces = cut(entry, segment, lambda n: self._fresh("k", n))
-                return [t for piece in pieces for t in attempt(piece)]
+                begins = accumulate(segment.sizes, initial=0)
+                pieces = [
+                    narrowed((entry,), segment.label, self._fresh("k", n), begin)
+                    for begin, n in zip(begins, segment.sizes, strict=False)
+                ]
+                return [t for piece in pieces for t in attempt(*piece)]
 
         return attempt(whole(self._fresh("t" if time else "k", size)))
 

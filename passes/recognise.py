@@ -24,8 +24,7 @@ from mla_compile.passes.graph import (
     is_tensor,
     shape,
 )
-from mla_compile.passes.indexing import Index, Label, Leaf, Refine, Segment, squeeze, whole
-from mla_compile.passes.labels import refined
+from mla_compile.passes.indexing import Index, Label, Leaf, Refine, Segment, refined, squeeze, whole
 from mla_compile.passes.masks import check_masks, split_lengths
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
@@ -110,9 +109,10 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
     """
     index, evaluator, terms = read_to_the_end(attention)
     softmax, value = split_value(terms, attention)
-    shared = frozenset(softmax.rows) - cache_labels((value, *softmax.score), softmax)
+    of_cache = list(cache_leaves((value, *softmax.score), softmax))
+    shared = frozenset(softmax.rows).difference(*(leaf.labels for leaf in of_cache))
     if not shared:
-        refusal = why_no_latent((value, *softmax.score), softmax, attention)
+        refusal = why_no_latent(of_cache, span(softmax.time))
     else:
         stopping = Evaluator(attention, shared)
         try:
@@ -184,8 +184,7 @@ def read_to_the_end(attention: Attention) -> tuple[Index, Evaluator, list[Term]]
         try:
             return index, evaluator, evaluator.evaluate(root, index)
         except Refine as refine:
-            outer, inner = evaluator.split(refine)
-            index = tuple(refined(entry, refine, outer, inner) for entry in index)
+            index = refined(index, refine, *evaluator.split(refine))
 
 
 def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]:
@@ -197,12 +196,8 @@ def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]
     return softmaxes[0], terms[0]
 
 
-def cache_labels(terms: tuple[Term, ...], softmax: Softmax) -> frozenset[Label]:
-    """The labels of all that is contracted and depends on the cached token."""
-    return frozenset().union(*(leaf.labels for leaf in cache_leaves(terms, softmax)))
-
-
 def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:
+    """All that is contracted and depends on the cached token."""
     for term in terms:
         for factor in term.factors:
             if isinstance(factor, Capped):
@@ -211,10 +206,9 @@ def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:
                 yield factor
 
 
-def why_no_latent(terms: tuple[Term, ...], softmax: Softmax, attention: Attention) -> Refusal:
+def why_no_latent(leaves: list[Leaf], tokens: Size) -> Refusal:
     """Keys and values have a row for every head: does the cache, or what is made of it?"""
-    tokens = span(softmax.time)
-    for leaf in cache_leaves(terms, softmax):
+    for leaf in leaves:
         for node in computed_for(tokens, leaf.node):
             if any(word in str(node.target) for word in QUANTISED):
                 detail = f"{leaf.node.name} comes from {node.name} ({node.target})"
@@ -222,8 +216,8 @@ def why_no_latent(terms: tuple[Term, ...], softmax: Softmax, attention: Attentio
             if node.target in CONTRACTIONS:
                 detail = f"{leaf.node.name} ({leaf.node.target}) is between the projection and them"
                 return Refusal(Reason.BETWEEN, detail, leaf.node)
-    values = next(cache_leaves(terms, softmax)).node
-    return Refusal(Reason.NO_LATENT, f"{values.name} has a row for every head and query", values)
+    detail = "keys and values have a row for every head and query"
+    return Refusal(Reason.NO_LATENT, detail, leaves[0].node if leaves else None)
 
 
 def computed_for(tokens: Size, node: Node) -> Iterator[Node]:

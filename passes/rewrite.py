@@ -171,7 +171,7 @@ class Emitter:
         view = self.view(key, groups)
         if not equal(view.stride(-1), 1):
             raise Refusal(Reason.LAYOUT, f"the features of {key} are not consecutive", key.node)
-        if not (shares_memory(view, self.tensors[key.node]) or gathers(key)):
+        if not (shares_memory(view, self.tensors[key.node]) or key.tables):
             raise Refusal(Reason.LAYOUT, f"{key} cannot be read in place", key.node)
         return view
 
@@ -275,10 +275,6 @@ def shares_memory(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return True  # a size
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def gathers(leaf: Leaf) -> bool:
-    return any(isinstance(d.label, Leaf) for entry in leaf.index for d in entry)
 
 
 def arrange(value: Labelled, groups: Sequence[Group]) -> Tensor:

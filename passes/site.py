@@ -81,6 +81,9 @@ class Miss:
     def remedy(self) -> str:
         return self.reason.value
 
+    def __str__(self) -> str:
+        return f"left alone: {self.where}: {self.detail} ({self.reason.name}); {self.remedy}"
+
 
 class Refusal(Exception):
     """Raised inside the recogniser; becomes a Miss."""
@@ -230,3 +233,6 @@ class MLASite:
         kinds = ["length"] if self.lengths else []
         kinds += ["bool" if m.fill is not None else "additive" for m in self.masks]
         return " + ".join(kinds) or "none"
+
+    def __str__(self) -> str:
+        return f"rewritten: {self.where} ({self.family}), mask {self.mask}, {self.dims}"

@@ -217,7 +217,7 @@ def test_the_users_own_pass_runs_as_in_the_real_compilation() -> None:
         assert len(mla_compile.explain(attention, *inputs()).sites) == 1
     assert by_config.ops == 1
     with reporting() as found, torch.no_grad():
-        options = {"joint_custom_pre_pass": by_options}
+        options: dict[str, Any] = {"joint_custom_pre_pass": by_options}
         torch.compile(attention, backend="mla", options=options)(*inputs())
     assert (by_options.ops, len(found.sites)) == (1, 1)
 
