@@ -8,7 +8,7 @@ not move data, so it only rewrites the index: `views.relabel(node, index)` gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -111,13 +111,16 @@ class Segment(Exception):
 
 
 def labels_of(index: Index) -> frozenset[Label]:
-    found: set[Label] = set()
+    return frozenset(every_label(index))
+
+
+def every_label(index: Index) -> Iterator[Label]:
+    """The labels of an index, as often as it reads them."""
     for digit in (d for entry in index for d in entry):
         if isinstance(digit.label, Label):
-            found.add(digit.label)
+            yield digit.label
         elif digit.label is not None:
-            found |= digit.label.labels
-    return frozenset(found)
+            yield from every_label(digit.label.index)
 
 
 def whole(label: Label) -> Entry:

@@ -24,7 +24,17 @@ from mla_compile.passes.graph import (
     is_tensor,
     shape,
 )
-from mla_compile.passes.indexing import Index, Label, Leaf, Refine, Segment, refined, squeeze, whole
+from mla_compile.passes.indexing import (
+    Index,
+    Label,
+    Leaf,
+    Refine,
+    Segment,
+    every_label,
+    refined,
+    squeeze,
+    whole,
+)
 from mla_compile.passes.masks import check_masks, split_lengths
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
@@ -269,7 +279,7 @@ def check_labels(found: MLASite, value: Term, attention: Attention) -> None:
     leaves = [*found.latent.query, found.latent.key, *found.weights, *(m.leaf for m in found.masks)]
     leaves += [*found.rope.query, found.rope.key] if found.rope else []
     for leaf in leaves:
-        labels = every_label(leaf)
+        labels = list(every_label(leaf.index))
         if len(set(labels)) != len(labels):
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
     values = frozenset({found.value_feature}).union(*(w.labels for w in found.weights))
@@ -285,14 +295,3 @@ def check_labels(found: MLASite, value: Term, attention: Attention) -> None:
             "the output is a sum over a dimension that nothing depends on",
             attention.root,
         )
-
-
-def every_label(leaf: Leaf) -> list[Label]:
-    """The labels of a leaf, as often as it reads them."""
-    found: list[Label] = []
-    for d in (d for entry in leaf.index for d in entry):
-        if isinstance(d.label, Label):
-            found.append(d.label)
-        elif d.label is not None:
-            found += every_label(d.label)
-    return found

@@ -42,7 +42,9 @@ def pick_part(index: Index, dim: int, parts: list[Part]) -> Read:
     high = low + (first.label.size if first.label else 1)
     cuts = []
     for begin, length, source, offset in parts:
-        begin, end = begin // span, (begin + length) // span
+        end = begin + length
+        if not equal(span, 1):
+            begin, end = begin // span, end // span
         if true(low >= begin) and true(high <= end):
             local = Digit(first.label, low - begin, end - begin), *index[dim][1:]
             entry = shift(
@@ -96,14 +98,6 @@ def _permute(node: Node, index: Index) -> Read:
 def _unsqueeze(node: Node, index: Index) -> Read:
     dim = _axis(node, len(index))
     return node.args[0], index[:dim] + index[dim + 1 :]
-
-
-def _squeeze(node: Node, index: Index) -> Read:
-    source: Node = node.args[0]
-    kept = [e for e in index if e]
-    if len(kept) != sum(not equal(n, 1) for n in shape(source)):
-        return None
-    return source, tuple(() if equal(n, 1) else kept.pop(0) for n in shape(source))
 
 
 def _slice(node: Node, index: Index) -> Read:
@@ -198,9 +192,9 @@ _RULES: dict[Any, Callable[[Node, Index], Read]] = {
     aten.expand.default: _expand,
     aten.permute.default: _permute,
     aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.default: _squeeze,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
+    aten.squeeze.default: _view,
+    aten.squeeze.dim: _view,
+    aten.squeeze.dims: _view,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     operator.getitem: _getitem,
