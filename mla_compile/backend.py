@@ -48,7 +48,7 @@ def enable() -> Enabled:
     `joint_custom_pre_pass` of its own goes without.
     """
     previous = getattr(config, _HOOK)
-    setattr(config, _HOOK, _composed(previous))
+    setattr(config, _HOOK, composed(previous))
     return Enabled(previous)
 
 
@@ -78,11 +78,14 @@ class Enabled:
 
 
 def _with_pass(inductor_options: dict[str, Any]) -> dict[str, Any]:
-    previous = inductor_options.get(_HOOK, getattr(config, _HOOK))
-    return {**inductor_options, _HOOK: _composed(previous)}
+    current = getattr(config, _HOOK)
+    ours = composed(inductor_options.get(_HOOK, current))
+    if isinstance(current, MLAPass) and _HOOK in inductor_options:
+        ours = current.before(ours.previous)  # enabled or reporting, it goes on as it is
+    return {**inductor_options, _HOOK: ours}
 
 
-def _composed(previous: Any) -> MLAPass:
+def composed(previous: Any) -> MLAPass:
     """Our pass, then what was set before: nothing, one pass, or (torch >= 2.13) a sequence."""
     if isinstance(previous, MLAPass):
         return previous

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch._guards import TracingContext
 from torch._inductor import config
 from torch.fx import Graph, Node
 
+from mla_compile.backend import composed
 from mla_compile.page import Section, html
 from mla_compile.passes.graph import strip
 from mla_compile.passes.inductor import MLAPass, Verdict
-from mla_compile.passes.site import Miss, MLASite, ScoreTerm, source_line
+from mla_compile.passes.site import Miss, MLASite, Reason, ScoreTerm, source_line
 from mla_compile.passes.softmax import find_softmaxes, is_attention
 from mla_compile.picture import Op, between, snapshot, svg
 from mla_compile.saving import saving
@@ -83,10 +85,11 @@ class Refused:
 
 @dataclass
 class Report:
-    """`sites` were rewritten, `misses` were not; str() is a table of both."""
+    """`sites` were rewritten, `misses` were not; str() is a table of all."""
 
     sites: list[Rewritten] = field(default_factory=list)
     misses: list[Refused] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # source lines of other softmaxes
     breaks: list[str] = field(default_factory=list)  # graph breaks: source line and reason
     graphs: int = 0  # that were compiled
 
@@ -106,6 +109,9 @@ class Report:
         for text in self.breaks:
             where, _, reason = text.partition(": ")
             yield Section(f"graph break at {where}", {"reason": reason})
+        for where, count in Counter(self.others).items():
+            why = f"{count} softmax(es) of something else than queries times keys"
+            yield Section(f"no attention at {where}", {"reason": why})
 
     def __str__(self) -> str:
         lines = [self.title()]
@@ -125,13 +131,13 @@ class Recorder(MLAPass):
     configuration that holds it, for a copy would report to nobody.
     """
 
-    def __init__(self, report: Report):
-        super().__init__(record=self.note)
+    def __init__(self, report: Report, previous: Sequence[Callable[[Graph], None]] = ()):
+        super().__init__(previous)
         self.report = report
-        self.told = len(graph_breaks())
+        self.earlier = len(graph_breaks())
         self.ops: dict[str, Op] = {}  # of the graph at hand, before the pass
         self.known: set[str] = set()  # its nodes, those of rewritten attentions included
-        self.graph_break = ""
+        self.ended = self.resumed = ""  # the breaks that it ends at and begins after
 
     def uuid(self) -> None:
         return None
@@ -141,26 +147,23 @@ class Recorder(MLAPass):
 
     def __call__(self, graph: Graph) -> None:
         self.report.graphs += 1
-        self.graph_break = self.break_beside()
+        self.resumed = self.report.breaks[-1] if self.report.breaks and resumes() else ""
+        new = graph_breaks()[self.earlier + len(self.report.breaks) :]
+        self.report.breaks += map(described, new)
+        self.ended = self.report.breaks[-1] if new else ""
         self.ops = snapshot(graph.nodes)
         self.known = set(self.ops)
-        if self.graph_break:
-            self.report.misses += cut_attentions(graph, self.graph_break)
+        if self.ended:
+            self.report.misses += cut_attentions(graph, self.ended)
         super().__call__(graph)
 
-    def break_beside(self) -> str:
-        """The break that ends the graph at hand, else the one that it resumes after, else ''."""
-        new = graph_breaks()[self.told :]
-        self.told = len(graph_breaks())
-        self.report.breaks += map(described, new)
-        tracing = TracingContext.try_get()
-        codes = [code.co_name for code in (tracing and tracing.traced_code) or []]
-        resumed = any(name.startswith("torch_dynamo_resume_in") for name in codes)
-        return self.report.breaks[-1] if new or (resumed and self.report.breaks) else ""
-
     def note(self, verdict: Verdict) -> None:
+        super().note(verdict)
         if isinstance(verdict, Miss):
-            self.report.misses.append(refused(verdict, self.graph_break))
+            if verdict.reason is Reason.NO_QUERY:
+                self.report.others.append(verdict.where)
+            else:
+                self.report.misses.append(refused(verdict, self.resumed, self.ended))
             return
         nodes = snapshot(verdict.root.graph.nodes)
         new = [op for name, op in nodes.items() if name not in self.known]
@@ -172,6 +175,13 @@ def graph_breaks() -> list[Any]:
     """All since the process started: Dynamo's own record, which nothing else clears."""
     reasons: list[Any] = vars(output_graph)["graph_break_reasons"]
     return reasons
+
+
+def resumes() -> bool:
+    """The graph at hand begins after a graph break."""
+    tracing = TracingContext.try_get()
+    codes = [code.co_name for code in (tracing and tracing.traced_code) or []]
+    return any(name.startswith("torch_dynamo_resume_in") for name in codes)
 
 
 def described(reason: Any) -> str:
@@ -198,19 +208,30 @@ def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
     ]
 
 
-def refused(miss: Miss, graph_break: str) -> Refused:
-    return Refused(
+def refused(miss: Miss, resumed: str, ended: str) -> Refused:
+    found = Refused(
         where=miss.where,
-        module=module_path(miss.node),
+        module=module_path(miss.attention),
         reason=miss.reason.name,
         detail=miss.detail,
         remedy=miss.remedy,
         node=described_node(miss.node),
-        graph_break=graph_break,
+        graph_break=ended or resumed,
+    )
+    if not resumed or miss.node.op != "placeholder":
+        return found
+    return replace(
+        found,
+        reason="GRAPH_BREAK",
+        detail=f"{miss.detail}; what it is made of is before the graph break",
+        remedy="take the graph break out from between cache and attention",
+        graph_break=resumed,
     )
 
 
 def described_node(node: Node) -> str:
+    if node.op == "placeholder":
+        return f"{node.name}, an input of the graph"
     return f"{node.name} ({node.target}), {source_line(node)}"
 
 
@@ -290,10 +311,12 @@ def roles(site: MLASite) -> dict[str, str]:
 def reporting() -> Iterator[Report]:
     """Put the pass into what is compiled meanwhile, and report on every attention in it.
 
-    No graph is taken from Inductor's caches, for such a graph never meets the pass.
+    Passes of the user's own run after it.  No graph is taken from Inductor's caches, for such a
+    graph never meets the pass.
     """
     report = Report()
-    with config.patch(joint_custom_pre_pass=Recorder(report)):
+    others = composed(config.joint_custom_pre_pass).previous
+    with config.patch(joint_custom_pre_pass=Recorder(report, others)):
         yield report
 
 

@@ -8,13 +8,13 @@ not move data, so it only rewrites the index: `views.relabel(node, index)` gives
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
 from torch.fx import Node
 
-from mla_compile.passes.graph import Size, divides, equal, plain, shape
+from mla_compile.passes.graph import Size, divides, equal, expression, plain, shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +54,13 @@ class Digit:
             and equal(self.label.size, self.base)
         )
 
-    def key(self, rename: dict[Label, str]) -> tuple[object, str, str]:
+    def key(self, rename: dict[Label, str]) -> tuple[object, ...]:
         name: object = None
         if isinstance(self.label, Label):
             name = rename.get(self.label, self.label)
         elif self.label is not None:
             name = self.label.key(rename)
-        return name, str(self.offset), str(self.base)
+        return name, expression(self.offset), expression(self.base)
 
     def __repr__(self) -> str:
         shift = "" if self.full or equal(self.offset, 0) else f"+{self.offset}"
@@ -81,6 +81,12 @@ class Leaf:
     @property
     def labels(self) -> frozenset[Label]:
         return labels_of(self.index)
+
+    @property
+    def tables(self) -> list[tuple[int, Leaf]]:
+        """The dimensions that are read where another tensor says, and its elements that say so."""
+        entries = enumerate(self.index)
+        return [(dim, d.label) for dim, e in entries for d in e if isinstance(d.label, Leaf)]
 
     def key(self, rename: dict[Label, str]) -> tuple[object, ...]:
         """Equal for reads of the same element, up to the names of labels."""
@@ -105,13 +111,16 @@ class Segment(Exception):
 
 
 def labels_of(index: Index) -> frozenset[Label]:
-    found: set[Label] = set()
+    return frozenset(every_label(index))
+
+
+def every_label(index: Index) -> Iterator[Label]:
+    """The labels of an index, as often as it reads them."""
     for digit in (d for entry in index for d in entry):
         if isinstance(digit.label, Label):
-            found.add(digit.label)
+            yield digit.label
         elif digit.label is not None:
-            found |= digit.label.labels
-    return frozenset(found)
+            yield from every_label(digit.label.index)
 
 
 def whole(label: Label) -> Entry:
@@ -119,9 +128,32 @@ def whole(label: Label) -> Entry:
     return (Digit(label, 0, label.size),)
 
 
+def substitute(index: Index, label: Label, new: Callable[[Digit], Entry]) -> Index:
+    """The index with the digits of one label replaced."""
+    return tuple(
+        tuple(x for d in entry for x in (new(d) if d.label is label else (d,))) for entry in index
+    )
+
+
+def refined(index: Index, refine: Refine, outer: Label, inner: Label) -> Index:
+    """An index with the digit of one label written as two."""
+
+    def two(d: Digit) -> Entry:
+        if not (divides(inner.size, d.offset) and divides(inner.size, d.base)):
+            raise refine
+        return Digit(outer, d.offset // inner.size, d.base // inner.size), *whole(inner)
+
+    return substitute(index, refine.label, two)
+
+
+def narrowed(index: Index, label: Label, part: Label, begin: Size) -> Index:
+    """An index with one label restricted to the part of it that begins there."""
+    return substitute(index, label, lambda d: (Digit(part, d.offset + begin, d.base),))
+
+
 def squeeze(node: Node, index: Index) -> Index:
     """Drop what an index says about dimensions of size one: nothing."""
-    return tuple(() if equal(n, 1) else e for n, e in zip(shape(node), index, strict=True))
+    return tuple(() if e and equal(n, 1) else e for n, e in zip(shape(node), index, strict=True))
 
 
 def broadcast(node: Node, index: Index) -> Index:
@@ -145,7 +177,8 @@ def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | N
             if not digits:
                 return None
             digit = digits.pop()
-            if not divides(span * digit.base, size):
+            reach = span * digit.base if entry else digit.base
+            if not divides(reach, size):
                 inner = size // span
                 if not (equal(span * inner, size) and divides(inner, digit.base)):
                     return None
@@ -154,8 +187,9 @@ def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | N
                     return None
                 outer, digit = parts
                 digits.append(outer)
+                reach = size
             entry.insert(0, digit)
-            span = span * digit.base
+            span = reach
         entries.append(tuple(entry))
     return tuple(reversed(entries)) if not digits else None
 

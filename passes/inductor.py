@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections import Counter
@@ -18,12 +19,13 @@ import mla_compile.ops
 from mla_compile.passes.absorb import weigh
 from mla_compile.passes.graph import measure_inputs
 from mla_compile.passes.recognise import recognise
-from mla_compile.passes.rewrite import rewrite
-from mla_compile.passes.site import Miss, MLASite
+from mla_compile.passes.rewrite import Rewriter
+from mla_compile.passes.site import Miss, MLASite, Reason
 
 log = logging.getLogger(__name__)
 
-# rewritten, missed, failed: attentions since the process started, or since counters.clear()
+# Attentions rewritten, missed and failed, and other softmaxes, since the process started or since
+# counters.clear().
 counters: Counter[str] = Counter()
 
 Verdict = MLASite | Miss
@@ -45,6 +47,12 @@ class MLAPass(CustomGraphPass):
     ):
         self.previous, self.strict, self.record = tuple(previous), strict, record
 
+    def before(self, others: Sequence[Callable[[Graph], None]]) -> MLAPass:
+        """The same pass, with other ones to run after it."""
+        same = copy.copy(self)
+        same.previous = tuple(others)
+        return same
+
     def __call__(self, graph: Graph) -> None:
         self._run(graph)
         for other in self.previous:
@@ -63,14 +71,15 @@ class MLAPass(CustomGraphPass):
         return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
 
     def _run(self, graph: Graph) -> None:
+        rewriter = Rewriter(graph)
         try:
             measure_inputs(graph)
             for verdict in recognise(graph):
                 if isinstance(verdict, MLASite):
                     verdict = weigh(verdict)
                 if isinstance(verdict, MLASite):
-                    verdict = rewrite(graph, verdict)
-                self._note(verdict)
+                    verdict = rewriter.rewrite(verdict)
+                self.note(verdict)
         except Exception:
             if self.strict:
                 raise
@@ -78,27 +87,14 @@ class MLAPass(CustomGraphPass):
             log.exception(
                 "the pass failed and left the rest of the graph as it was; please report this trace"
             )
-        graph.eliminate_dead_code()
+        rewriter.remove_dead_code()
 
-    def _note(self, verdict: Verdict) -> None:
+    def note(self, verdict: Verdict) -> None:
         if isinstance(verdict, MLASite):
             counters["rewritten"] += 1
-            log.info(
-                "rewritten: %s (%s), mask %s, %s",
-                verdict.where,
-                verdict.family,
-                verdict.mask,
-                verdict.dims,
-            )
         else:
-            counters["missed"] += 1
-            log.info(
-                "left alone: %s: %s (%s); %s",
-                verdict.where,
-                verdict.detail,
-                verdict.reason.name,
-                verdict.remedy,
-            )
+            counters["others" if verdict.reason is Reason.NO_QUERY else "missed"] += 1
+        log.info("%s", verdict)
         if self.record:
             self.record(verdict)
 

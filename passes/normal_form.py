@@ -13,6 +13,7 @@ import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch.fx import Node
@@ -40,12 +41,13 @@ from mla_compile.passes.indexing import (
     Segment,
     broadcast,
     labels_of,
+    narrowed,
+    refined,
     squeeze,
     whole,
 )
-from mla_compile.passes.labels import cut, refined
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
-from mla_compile.passes.softmax import Attention
+from mla_compile.passes.softmax import Attention, is_division
 from mla_compile.passes.views import relabel, settle
 
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
@@ -129,7 +131,7 @@ class Evaluator:
             return [Term((Leaf(node, index),))]
         labels = labels_of(index)
         timeless = not labels & self.time and node not in self.attention.path
-        if node is self.attention.root and self.attention.total is not None:
+        if self.attention.total and node in self.attention.path and is_division(node):
             return self._divided(node, index)
         if read := self._relabel(node, index, timeless):
             return self.evaluate(*read, context)
@@ -141,7 +143,7 @@ class Evaluator:
             return [replace(t, scale=t.scale * number, scalars=t.scalars + scalars) for t in terms]
         if context is not Context.SCORE and self._stops(node, labels):
             return [Term((Leaf(node, index),))]
-        if node.target is operator.getitem and node is self.attention.root:
+        if node.target is operator.getitem and node.args[0] is self.attention.softmax:
             return self._fused(node.args[0], index)
         if node.target in CONTRACTIONS or node.target is aten.sum.dim_IntList:
             self.expanded.add(node)
@@ -232,12 +234,16 @@ class Evaluator:
             except Refine as refine:
                 if refine.label not in labels:
                     raise
-                return attempt(refined(entry, refine, *self.split(refine)))
+                return attempt(*refined((entry,), refine, *self.split(refine)))
             except Segment as segment:
                 if segment.label not in labels:
                     raise
-                pieces = cut(entry, segment, lambda n: self._fresh("k", n))
-                return [t for piece in pieces for t in attempt(piece)]
+                begins = accumulate(segment.sizes, initial=0)
+                pieces = [
+                    narrowed((entry,), segment.label, self._fresh("k", n), begin)
+                    for begin, n in zip(begins, segment.sizes, strict=False)
+                ]
+                return [t for piece in pieces for t in attempt(*piece)]
 
         return attempt(whole(self._fresh("t" if time else "k", size)))
 

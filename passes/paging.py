@@ -10,10 +10,11 @@ from mla_compile.passes.indexing import (
     Refine,
     Segment,
     labels_of,
+    refined,
+    substitute,
     whole,
 )
-from mla_compile.passes.labels import refined
-from mla_compile.passes.site import Mask, Paging, Refusal, ScoreTerm
+from mla_compile.passes.site import Mask, Paging, ScoreTerm
 from mla_compile.passes.views import relabel
 
 Group = tuple[Label, ...]
@@ -38,15 +39,9 @@ def find_paging(
 
 def table_of(key: Leaf, batch: Group, time: Group) -> tuple[Leaf, Group, Label] | None:
     """The table that a cache is gathered by; the labels of a sequence's pages and the pool's."""
-    gathered = [
-        (dim, d.label)
-        for dim, entry in enumerate(key.index)
-        for d in entry
-        if isinstance(d.label, Leaf)
-    ]
-    if len(gathered) != 1 or len(key.index[gathered[0][0]]) != 1:
+    if len(key.tables) != 1 or len(key.index[key.tables[0][0]]) != 1:
         return None
-    dim, table = gathered[0]
+    dim, table = key.tables[0]
     pages = tuple(x for x in time if x in table.labels)
     inside = labels_of(key.index[:dim] + key.index[dim + 1 :])
     if not pages or pages != time[: len(pages)] or not table.labels <= {*batch, *pages}:
@@ -58,9 +53,8 @@ def table_of(key: Leaf, batch: Group, time: Group) -> tuple[Leaf, Group, Label] 
 
 def in_pool(key: Leaf, page: Label) -> Leaf:
     """The key of a page, wherever a table says it is."""
-    gathered = (any(isinstance(d.label, Leaf) for d in entry) for entry in key.index)
-    pool = (whole(page) if g else entry for g, entry in zip(gathered, key.index, strict=True))
-    return Leaf(key.node, tuple(pool))
+    dim = key.tables[0][0]
+    return Leaf(key.node, (*key.index[:dim], whole(page), *key.index[dim + 1 :]))
 
 
 def whole_pages(keys: list[Leaf], token: Label) -> tuple[list[Leaf], Group]:
@@ -69,28 +63,23 @@ def whole_pages(keys: list[Leaf], token: Label) -> tuple[list[Leaf], Group]:
     base = cut[0].base if cut else token.size
     if not all(equal(d.offset, 0) and equal(d.base, base) for d in cut) or equal(base, token.size):
         return keys, (token,)
-    entry = whole(Label(token.name, base))
-    while True:
-        try:
-            return [descend(with_tokens(key, token, entry)) for key in keys], labels(entry)
-        except Refine as refine:
-            if refine.label not in labels(entry):
-                return keys, (token,)
-            outer = Label(f"{refine.label}o", refine.label.size // refine.inner)
-            entry = refined(entry, refine, outer, Label(f"{refine.label}i", refine.inner))
-        except (Segment, Refusal):
-            return keys, (token,)
 
+    def with_tokens(key: Leaf, tokens: Entry) -> Leaf:
+        return descend(Leaf(key.node, substitute(key.index, token, lambda d: tokens)))
 
-def labels(entry: Entry) -> Group:
-    return tuple(d.label for d in entry)
-
-
-def with_tokens(key: Leaf, token: Label, tokens: Entry) -> Leaf:
-    def replaced(entry: Entry) -> Entry:
-        return tuple(new for d in entry for new in (tokens if d.label is token else (d,)))
-
-    return Leaf(key.node, tuple(map(replaced, key.index)))
+    tokens = whole(Label(token.name, base))
+    try:
+        while True:
+            try:
+                return [with_tokens(key, tokens) for key in keys], tuple(d.label for d in tokens)
+            except Refine as refine:
+                if refine.label not in labels_of((tokens,)):
+                    raise
+                outer = Label(f"{refine.label}o", refine.label.size // refine.inner)
+                inner = Label(f"{refine.label}i", refine.inner)
+                (tokens,) = refined((tokens,), refine, outer, inner)
+    except (Refine, Segment):
+        return keys, (token,)
 
 
 def descend(leaf: Leaf) -> Leaf:

@@ -8,6 +8,7 @@ not depend on.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from math import isfinite
 
 from torch.fx import Graph, Node
@@ -23,18 +24,30 @@ from mla_compile.passes.graph import (
     is_tensor,
     shape,
 )
-from mla_compile.passes.indexing import Index, Label, Leaf, Refine, Segment, squeeze, whole
-from mla_compile.passes.labels import refined
+from mla_compile.passes.indexing import (
+    Index,
+    Label,
+    Leaf,
+    Refine,
+    Segment,
+    every_label,
+    refined,
+    squeeze,
+    whole,
+)
 from mla_compile.passes.masks import check_masks, split_lengths
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
 from mla_compile.passes.score import cached, split_keys, split_score, uncapped
-from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, source_line, span
+from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, span
 from mla_compile.passes.softmax import (
     Attention,
+    Normalised,
     attention_of,
+    cropped,
     escape,
     find_softmaxes,
+    has_queries,
     is_attention,
 )
 
@@ -45,8 +58,17 @@ QUANTISED = ("scaled_mm", "int_mm", "int4", "int8", "quant", "packed")
 def recognise(graph: Graph) -> Iterator[MLASite | Miss]:
     """What each attention of the graph is.  One may be rewritten before the next is asked for."""
     training = any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
+    softmaxes = [x for x in find_softmaxes(graph) if is_attention(x)]
+    others = {x.node for x in softmaxes if not has_queries(x)}
+    for verdict in judge_all(softmaxes, training):
+        if isinstance(verdict, Miss) and verdict.attention in others:
+            verdict = replace(verdict, reason=Reason.NO_QUERY)
+        yield verdict
+
+
+def judge_all(softmaxes: list[Normalised], training: bool) -> Iterator[MLASite | Miss]:
     sharing = []
-    for softmax in list(filter(is_attention, find_softmaxes(graph))):
+    for softmax in softmaxes:
         try:
             if training:
                 raise Refusal(Reason.TRAINING, "the graph also computes gradients")
@@ -81,9 +103,12 @@ def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss
         return site(attention, beside)
     except (Refine, Segment) as request:
         detail = f"a view splits {request.label} in a way that no index follows"
-        return Refusal(Reason.LAYOUT, detail).miss(attention.softmax)
+        miss = Refusal(Reason.LAYOUT, detail).miss(attention.softmax)
     except Refusal as refusal:
-        return refusal.miss(attention.softmax)
+        miss = refusal.miss(attention.softmax)
+    part = cropped(attention)
+    verdict = judge(part, beside) if part else miss
+    return verdict if isinstance(verdict, MLASite) else miss
 
 
 def site(attention: Attention, beside: Collection[Node]) -> MLASite:
@@ -94,9 +119,10 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
     """
     index, evaluator, terms = read_to_the_end(attention)
     softmax, value = split_value(terms, attention)
-    shared = frozenset(softmax.rows) - cache_labels((value, *softmax.score), softmax)
+    of_cache = list(cache_leaves((value, *softmax.score), softmax))
+    shared = frozenset(softmax.rows).difference(*(leaf.labels for leaf in of_cache))
     if not shared:
-        refusal = why_no_latent((value, *softmax.score), softmax, attention)
+        refusal = why_no_latent(of_cache, span(softmax.time))
     else:
         stopping = Evaluator(attention, shared)
         try:
@@ -152,7 +178,7 @@ def described(
         logit_cap=logit_cap,
         paging=find_paging(latent, rope, batch, softmax.time, masks),
         lse=attention.lse,
-        where=source_line(attention.softmax),
+        softmax=attention.softmax,
     )
     check_labels(found, value, attention)
     check(found, attention)
@@ -168,8 +194,7 @@ def read_to_the_end(attention: Attention) -> tuple[Index, Evaluator, list[Term]]
         try:
             return index, evaluator, evaluator.evaluate(root, index)
         except Refine as refine:
-            outer, inner = evaluator.split(refine)
-            index = tuple(refined(entry, refine, outer, inner) for entry in index)
+            index = refined(index, refine, *evaluator.split(refine))
 
 
 def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]:
@@ -181,12 +206,8 @@ def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]
     return softmaxes[0], terms[0]
 
 
-def cache_labels(terms: tuple[Term, ...], softmax: Softmax) -> frozenset[Label]:
-    """The labels of all that is contracted and depends on the cached token."""
-    return frozenset().union(*(leaf.labels for leaf in cache_leaves(terms, softmax)))
-
-
 def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:
+    """All that is contracted and depends on the cached token."""
     for term in terms:
         for factor in term.factors:
             if isinstance(factor, Capped):
@@ -195,10 +216,9 @@ def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:
                 yield factor
 
 
-def why_no_latent(terms: tuple[Term, ...], softmax: Softmax, attention: Attention) -> Refusal:
+def why_no_latent(leaves: list[Leaf], tokens: Size) -> Refusal:
     """Keys and values have a row for every head: does the cache, or what is made of it?"""
-    tokens = span(softmax.time)
-    for leaf in cache_leaves(terms, softmax):
+    for leaf in leaves:
         for node in computed_for(tokens, leaf.node):
             if any(word in str(node.target) for word in QUANTISED):
                 detail = f"{leaf.node.name} comes from {node.name} ({node.target})"
@@ -207,7 +227,7 @@ def why_no_latent(terms: tuple[Term, ...], softmax: Softmax, attention: Attentio
                 detail = f"{leaf.node.name} ({leaf.node.target}) is between the projection and them"
                 return Refusal(Reason.BETWEEN, detail, leaf.node)
     detail = "keys and values have a row for every head and query"
-    return Refusal(Reason.NO_LATENT, detail, attention.softmax)
+    return Refusal(Reason.NO_LATENT, detail, leaves[0].node if leaves else None)
 
 
 def computed_for(tokens: Size, node: Node) -> Iterator[Node]:
@@ -259,7 +279,7 @@ def check_labels(found: MLASite, value: Term, attention: Attention) -> None:
     leaves = [*found.latent.query, found.latent.key, *found.weights, *(m.leaf for m in found.masks)]
     leaves += [*found.rope.query, found.rope.key] if found.rope else []
     for leaf in leaves:
-        labels = every_label(leaf)
+        labels = list(every_label(leaf.index))
         if len(set(labels)) != len(labels):
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
     values = frozenset({found.value_feature}).union(*(w.labels for w in found.weights))
@@ -275,14 +295,3 @@ def check_labels(found: MLASite, value: Term, attention: Attention) -> None:
             "the output is a sum over a dimension that nothing depends on",
             attention.root,
         )
-
-
-def every_label(leaf: Leaf) -> list[Label]:
-    """The labels of a leaf, as often as it reads them."""
-    found: list[Label] = []
-    for d in (d for entry in leaf.index for d in entry):
-        if isinstance(d.label, Label):
-            found.append(d.label)
-        elif d.label is not None:
-            found += every_label(d.label)
-    return found

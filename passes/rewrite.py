@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,107 +13,105 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import Size, dtype, equal, hint, is_tensor, shape
+from mla_compile.passes.graph import Size, dtype, equal, hint, shape
 from mla_compile.passes.indexing import Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
 Group = tuple[Label, ...]
-Labelled = tuple[Tensor, list[Label]]  # one label per dimension
+Labelled = tuple[Tensor, Group]  # one label per dimension
 
 
-def rewrite(graph: Graph, site: MLASite) -> MLASite | Miss:
-    """Replace the attention by the op, or say why not.  The caller removes what becomes dead."""
-    inputs = list(dict.fromkeys([*tensors_of(site), *symbols_of(graph, site)]))
+class Rewriter:
+    """Replaces attentions of one graph by the op.
 
-    def traced(*values: Tensor) -> tuple[Tensor, ...]:
+    A model has the same attention in every layer: what replaces it is traced once, then copied.
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.replaced: set[Node] = set()
+        self.bodies: dict[Hashable, Graph] = {}
+        self.symbols: dict[Any, Node] = {}  # the first node that holds each
+        for node in graph.nodes:
+            if isinstance(size := node.meta.get("val"), torch.SymInt):
+                self.symbols.setdefault(size.node.expr, node)
+
+    def rewrite(self, site: MLASite) -> MLASite | Miss:
+        """Replace the attention, or say why not."""
+        seen: dict[Any, int] = {}
+        kind = structure(replace(site, softmax=site.root), seen)
+        results = (site.root, *site.lse)
+        inputs = [x for x in seen if isinstance(x, Node) and x not in results]
+        symbols = [n for s, n in self.symbols.items() if s in seen and n < site.root]
+        with inputs[0].meta["val"].fake_mode, torch.no_grad():
+            inputs += symbols
+            try:
+                if (kind, *symbols) not in self.bodies:
+                    self.bodies[kind, *symbols] = traced(site, inputs)
+            except Refusal as refusal:
+                return refusal.miss(site.root)
+            replacements = self.copy(self.bodies[kind, *symbols], inputs, site.root)
+        for old, new in zip(results, replacements, strict=True):
+            old.replace_all_uses_with(new)
+        self.replaced.add(site.softmax)
+        return site
+
+    def remove_dead_code(self) -> None:
+        """Fused calls count as random: no one else removes those that were replaced."""
+        stable_topological_sort(self.graph)  # an lse may be read before the attention's output
+        self.graph.eliminate_dead_code(lambda n: n.is_impure() and n not in self.replaced)
+
+    def copy(self, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
+        """Copy `body` into the graph, with the user's source lines of the node it stands in for.
+
+        The copies' values are the body's, but for views of other inputs than the body's own.
+        """
+        kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
+        copies = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
+        moved = {
+            x for x, own in copies.items() if not shares_memory(x.meta["val"], own.meta["val"])
+        }
+        with self.graph.inserting_before(before):
+            for node in (n for n in body.nodes if n.op == "call_function"):
+                copy = copies[node] = self.graph.node_copy(node, copies.__getitem__)
+                copy.meta = kept | {"val": node.meta["val"]}
+                if getattr(node.target, "is_view", False) and node.args[0] in moved:
+                    moved.add(node)
+                    copy.meta["val"] = copy.target(*map_arg(copy.args, lambda n: n.meta["val"]))
+        return tuple(map(copies.__getitem__, body.output_node().args[0]))
+
+
+def structure(value: Any, seen: dict[Any, int]) -> Hashable:
+    """Equal for two sites if the same nodes can replace both, reading other tensors.
+
+    Numbers the nodes, labels and symbols that it comes across.
+    """
+    if isinstance(value, torch.SymInt):
+        for symbol in sorted(value.node.expr.free_symbols, key=str):
+            seen.setdefault(symbol, len(seen))
+        return value.node.expr
+    if isinstance(value, tuple):
+        return tuple(structure(x, seen) for x in value)
+    if isinstance(value, Node):
+        t = value.meta["val"]
+        layout = structure((*t.shape, *t.stride()), seen)
+        return seen.setdefault(value, len(seen)), t.dtype, t.device, layout
+    if isinstance(value, Label):
+        return seen.setdefault(value, len(seen)), structure(value.size, seen)
+    if is_dataclass(value):
+        return tuple(structure(getattr(value, f.name), seen) for f in fields(value))
+    return value
+
+
+def traced(site: MLASite, inputs: list[Node]) -> Graph:
+    """What replaces the attention, as a function of these nodes."""
+
+    def attention(*values: Tensor) -> tuple[Tensor, ...]:
         return Emitter(dict(zip(inputs, values, strict=True))).attention(site)
 
-    examples = [n.meta["val"] for n in inputs]
-    mode = next(n for n in inputs if is_tensor(n)).meta["val"].fake_mode
-    try:
-        with mode, torch.no_grad():
-            body = make_fx(traced, select_decomp_table())(*examples).graph
-    except Refusal as refusal:
-        return refusal.miss(site.root)
-    replacements = inline(graph, body, inputs, site.root)
-    for old, new in zip((site.root, *site.lse), replacements, strict=True):
-        old.replace_all_uses_with(new)
-    if site.lse:
-        stable_topological_sort(graph)
-    if site.root.target is operator.getitem:
-        erase_fused_call(site.root.args[0], graph)
-    return site
-
-
-def erase_fused_call(call: Node, graph: Graph) -> None:
-    """It counts as random, so that no one else removes it."""
-    for dead in (*call.users, call):
-        graph.erase_node(dead)
-
-
-def inline(graph: Graph, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
-    """Copy `body` into `graph`, keeping the user's source lines of the node it stands in for."""
-    kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
-    placeholders = iter(inputs)
-    copies: dict[Node, Node] = {}
-    with graph.inserting_before(before):
-        for node in body.nodes:
-            if node.op == "placeholder":
-                copies[node] = next(placeholders)
-            elif node.op == "output":
-                return tuple(map(copies.__getitem__, node.args[0]))
-            else:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-                copies[node].meta.update(kept)
-    raise AssertionError("a traced graph ends in an output")
-
-
-def leaves_of(site: MLASite) -> Iterable[Leaf]:
-    for term in (site.latent, site.rope):
-        if term:
-            yield from (*term.query, term.key)
-    yield from site.weights
-    yield from (m.leaf for m in site.masks)
-    yield from site.lengths.terms if site.lengths else ()
-    if site.paging:
-        yield from (x for x in (site.paging.kv_c, site.paging.k_pe, site.paging.table) if x)
-
-
-def tensors_of(site: MLASite) -> Iterable[Node]:
-    def nodes(leaf: Leaf) -> Iterable[Node]:
-        yield leaf.node
-        for gathered in (
-            d.label for entry in leaf.index for d in entry if isinstance(d.label, Leaf)
-        ):
-            yield from nodes(gathered)
-
-    for leaf in leaves_of(site):
-        yield from nodes(leaf)
-    for term in (site.latent, site.rope):
-        yield from (s.node for s in term.scalars) if term else ()
-    yield from (s.node for s in site.value_scalars)
-
-
-def symbols_of(graph: Graph, site: MLASite) -> Iterable[Node]:
-    """The nodes that hold the symbols which the sizes of the site are made of."""
-    sizes = [
-        x
-        for leaf in leaves_of(site)
-        for entry in leaf.index
-        for d in entry
-        for x in (d.offset, d.base)
-    ]
-    sizes += [x.size for x in (*site.out, *site.batch, *site.queries, *site.heads, *site.time)]
-    sizes += [*shape(site.root), site.lengths.constant if site.lengths else 0]
-    free = {s for x in sizes if isinstance(x, torch.SymInt) for s in x.node.expr.free_symbols}
-    for node in graph.nodes:
-        if node is site.root:
-            return
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and value.node.expr in free:
-            free.remove(value.node.expr)
-            yield node
+    return make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class Emitter:
 
     def query(self, term: ScoreTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
         """[T, N, width]: the product of the queries and, where the keys are expanded, W_UK."""
-        q = self.product(term.query, (*rows, (term.feature,)))
+        q = product([*map(self.spread, term.query)], [*rows, (term.feature,)])
         if term.scale != sm_scale:
             q = q * (term.scale / sm_scale)
         return self.scaled(q, term.scalars)
@@ -173,8 +171,7 @@ class Emitter:
         view = self.view(key, groups)
         if not equal(view.stride(-1), 1):
             raise Refusal(Reason.LAYOUT, f"the features of {key} are not consecutive", key.node)
-        in_place = view.untyped_storage()._cdata == self.tensors[key.node].untyped_storage()._cdata
-        if not (in_place or gathers(key)):
+        if not (shares_memory(view, self.tensors[key.node]) or key.tables):
             raise Refusal(Reason.LAYOUT, f"{key} cannot be read in place", key.node)
         return view
 
@@ -228,18 +225,17 @@ class Emitter:
 
     def lse(self, lse: Tensor, node: Node, site: MLASite) -> Tensor:
         """From [T, N] to the shape and type of the graph's own log of the sum."""
-        labels = [*site.batch, *site.queries, *site.heads]
-        rows = broadcast_to(lse.reshape([x.size for x in labels]), labels, site.rows)
-        return laid_out(rows.reshape(shape(node)).to(dtype(node)), node)
+        rows = (*site.batch, *site.queries, *site.heads)
+        value = reshape(lse, [x.size for x in rows]), rows
+        return like(node, arrange(value, [(x,) for x in site.rows]))
 
     def output(self, out: Tensor, site: MLASite) -> Tensor:
         """From [T, N, Lkv] to the root's shape and type, through W_UV where there is one."""
         labels = (*site.batch, *site.queries, *site.heads, site.value_feature)
-        latent = out.reshape([x.size for x in labels])
-        result = einsum([(latent, list(labels)), *map(self.spread, site.weights)], site.out)
+        latent = reshape(out, [x.size for x in labels]), labels
+        result = product([latent, *map(self.spread, site.weights)], [(x,) for x in site.out])
         result = result * site.value_scale if site.value_scale != 1 else result
-        result = self.scaled(result, site.value_scalars)
-        return laid_out(result.reshape(shape(site.root)).to(dtype(site.root)), site.root)
+        return like(site.root, self.scaled(result, site.value_scalars))
 
     def scaled(self, tensor: Tensor, scalars: tuple[Scalar, ...]) -> Tensor:
         for scalar in scalars:
@@ -247,22 +243,14 @@ class Emitter:
             tensor = tensor / factor if scalar.inverse else tensor * factor
         return tensor
 
-    def product(self, leaves: tuple[Leaf, ...], groups: tuple[Group, ...]) -> Tensor:
-        """The product of leaves, summed over labels in no group; one dimension per group."""
-        labels = [x for group in groups for x in group]
-        value = einsum([self.spread(x) for x in leaves], labels)
-        return value.reshape([span(group) for group in groups])
-
-    def view(self, leaf: Leaf, groups: tuple[Group, ...]) -> Tensor:
+    def view(self, leaf: Leaf, groups: Sequence[Group]) -> Tensor:
         """A leaf with one dimension per group, of size one where it has no label of the group."""
-        tensor, labels = self.spread(leaf)
-        groups = tuple(group if set(group) & set(labels) else () for group in groups)
-        tensor = broadcast_to(tensor, labels, [x for group in groups for x in group])
-        return tensor.reshape([span(group) for group in groups])
+        value = self.spread(leaf)
+        return arrange(value, [g if set(g) & set(value[1]) else () for g in groups])
 
     def spread(self, leaf: Leaf) -> Labelled:
         """A leaf as a tensor with one dimension per label."""
-        tensor, labels = self.tensors[leaf.node], []
+        tensor, labels = self.tensors[leaf.node], ()
         for entry in leaf.index:
             dim = len(labels)
             if not entry:
@@ -279,38 +267,65 @@ class Emitter:
                     labels += inner
                 else:
                     tensor = tensor if d.full else tensor.narrow(dim, d.offset, d.label.size)
-                    labels.append(d.label)
+                    labels += (d.label,)
         return tensor, labels
 
 
-def gathers(leaf: Leaf) -> bool:
-    return any(isinstance(d.label, Leaf) for entry in leaf.index for d in entry)
+def shares_memory(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return True  # a size
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-def broadcast_to(tensor: Tensor, labels: list[Label], wanted: Sequence[Label]) -> Tensor:
-    """Permute dimensions from `labels` to the order of `wanted`; expand over missing ones."""
-    tensor = tensor.permute([labels.index(x) for x in wanted if x in labels])
+def arrange(value: Labelled, groups: Sequence[Group]) -> Tensor:
+    """A tensor with one dimension per group of labels, expanded over those that it lacks."""
+    tensor, labels = value
+    wanted = [x for group in groups for x in group]
+    order = [labels.index(x) for x in wanted if x in labels]
+    if order != sorted(order):
+        tensor = tensor.permute(order)
     for dim, x in enumerate(wanted):
         if x not in labels:
             tensor = tensor.unsqueeze(dim)
-    return tensor.expand([x.size for x in wanted])
+    if len(order) < len(wanted):
+        tensor = tensor.expand([x.size for x in wanted])
+    return reshape(tensor, [span(group) for group in groups])
 
 
-def einsum(factors: list[Labelled], wanted: Sequence[Label]) -> Tensor:
-    """The product of labelled tensors in their widest type, with the dimensions `wanted`."""
+def product(factors: Sequence[Labelled], groups: Sequence[Group]) -> Tensor:
+    """The product in the widest type of all, summed over the labels that are in no group."""
     wide = functools.reduce(torch.promote_types, [t.dtype for t, _ in factors])
-    numbers: dict[Label, int] = {}
-    operands: list[object] = []
-    for tensor, labels in factors:
-        operands += [tensor.to(wide), [numbers.setdefault(x, len(numbers)) for x in labels]]
-    present = [x for x in wanted if x in numbers]
-    return broadcast_to(torch.einsum(*operands, [numbers[x] for x in present]), present, wanted)
+    value, labels = factors[0][0].to(wide), factors[0][1]
+    for i, (factor, others) in enumerate(factors[1:], start=2):
+        later = {x for _, found in factors[i:] for x in found}.union(*groups)
+        batch = tuple(x for x in labels if x in others and x in later)
+        summed = tuple(x for x in labels if x in others and x not in later)
+        rows = tuple(x for x in labels if x not in others)
+        columns = tuple(x for x in others if x not in labels)
+        left = arrange((value, labels), (batch, rows, summed))
+        right = arrange((factor.to(wide), others), (batch, summed, columns))
+        labels = batch + rows + columns
+        value = reshape(torch.bmm(left, right), [x.size for x in labels])
+    wanted = frozenset().union(*groups)
+    if alone := [dim for dim, x in enumerate(labels) if x not in wanted]:
+        value, labels = value.sum(alone), tuple(x for x in labels if x in wanted)
+    return arrange((value, labels), groups)
 
 
-def laid_out(tensor: Tensor, node: Node) -> Tensor:
-    """The tensor laid out in memory in the node's order: views follow that rely on it."""
+def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """Without a view that changes nothing: each one costs time in every copy."""
+    if len(sizes) == tensor.dim() and all(map(equal, tensor.shape, sizes)):
+        return tensor
+    return tensor.reshape(sizes)
+
+
+def like(node: Node, tensor: Tensor) -> Tensor:
+    """The tensor in the node's shape and type, and its order in memory: later views rely on it."""
+    tensor = reshape(tensor, shape(node)).to(dtype(node))
     strides = [hint(n) for n in node.meta["val"].stride()]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    if order == sorted(order):
+        return tensor.contiguous()
     back = sorted(range(len(order)), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(back)
 

@@ -9,7 +9,7 @@ from math import isfinite
 from torch.fx import Node
 
 from mla_compile.passes.graph import equal, true
-from mla_compile.passes.indexing import Digit, Label, Leaf, Refine, Segment
+from mla_compile.passes.indexing import Digit, Label, Leaf, Refine, Segment, narrowed
 from mla_compile.passes.normal_form import SCALINGS, Capped, Softmax, Term
 from mla_compile.passes.site import Mask, Reason, Refusal, ScoreTerm
 from mla_compile.passes.softmax import Attention
@@ -63,9 +63,9 @@ def split_score(
             masks.append(Mask(factor, scale=term.scale))
     if not contractions:
         leaf = score[0].factors[0]
-        scaled = isinstance(leaf, Leaf) and leaf.node.target in SCALINGS
+        node = leaf.node if isinstance(leaf, Leaf) else attention.softmax
         detail = f"the scores are {leaf}, no contraction of queries with a cache times a number"
-        raise Refusal(Reason.SCALE if scaled else Reason.SCORE, detail, attention.softmax)
+        raise Refusal(Reason.SCALE if node.target in SCALINGS else Reason.SCORE, detail, node)
     return contractions, tuple(masks)
 
 
@@ -146,7 +146,7 @@ def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
         except Segment as segment:
             if segment.label is term.feature:
                 begins = accumulate(segment.sizes, initial=0)
-                parts = [narrowed(term, *p) for p in zip(begins, segment.sizes, strict=False)]
+                parts = [columns_of(term, *p) for p in zip(begins, segment.sizes, strict=False)]
                 pieces = [q for p in parts for q in cut_at_value(p, kv_c, value)]
     return pieces if any(is_latent(p, kv_c, value) for p in pieces) else [term]
 
@@ -166,21 +166,18 @@ def columns(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
     sizes = [b - a for a, b in pairwise(bounds)]
     if not all(true(n >= 0) for n in sizes) or equal(sizes[1], term.feature.size):
         return [term]
-    return [narrowed(term, *p) for p in zip(bounds, sizes, strict=False) if not equal(p[1], 0)]
+    return [columns_of(term, *p) for p in zip(bounds, sizes, strict=False) if not equal(p[1], 0)]
 
 
 def digit_of(leaf: Leaf, label: Label) -> Digit | None:
     return next((d for entry in leaf.index for d in entry if d.label is label), None)
 
 
-def narrowed(term: ScoreTerm, start: int, size: int) -> ScoreTerm:
+def columns_of(term: ScoreTerm, start: int, size: int) -> ScoreTerm:
     """A contraction over `size` features from `start` only."""
     feature = Label(f"{term.feature}@{start}", size)
-
-    def digit(d: Digit) -> Digit:
-        return Digit(feature, d.offset + start, d.base) if d.label is term.feature else d
-
-    def leaf(x: Leaf) -> Leaf:
-        return Leaf(x.node, tuple(tuple(map(digit, entry)) for entry in x.index))
-
-    return replace(term, query=tuple(map(leaf, term.query)), key=leaf(term.key), feature=feature)
+    query, key = (
+        tuple(Leaf(x.node, narrowed(x.index, term.feature, feature, start)) for x in leaves)
+        for leaves in (term.query, (term.key,))
+    )
+    return replace(term, query=query, key=key[0], feature=feature)

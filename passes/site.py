@@ -48,7 +48,7 @@ class Reason(enum.Enum):
     QUANTISED = (
         "keep kv_b_proj in a floating type, so that it can be absorbed into query and output"
     )
-    INTERNAL = "report it, with the trace in the log; the graph was left as it was"
+    NO_QUERY = "nothing to do: this softmax is of no queries times keys, hence no attention"
 
 
 def source_line(node: Node) -> str:
@@ -66,16 +66,23 @@ def source_line(node: Node) -> str:
 
 @dataclass(frozen=True)
 class Miss:
-    """An attention that was left as it was."""
+    """An attention that was left as it was, and the node that is the reason."""
 
     reason: Reason
     detail: str
     node: Node
-    where: str
+    attention: Node
+
+    @property
+    def where(self) -> str:
+        return source_line(self.attention)
 
     @property
     def remedy(self) -> str:
         return self.reason.value
+
+    def __str__(self) -> str:
+        return f"left alone: {self.where}: {self.detail} ({self.reason.name}); {self.remedy}"
 
 
 class Refusal(Exception):
@@ -86,8 +93,7 @@ class Refusal(Exception):
         self.reason, self.detail, self.node = reason, detail, node
 
     def miss(self, attention: Node) -> Miss:
-        node = self.node or attention
-        return Miss(self.reason, self.detail, node, source_line(attention))
+        return Miss(self.reason, self.detail, self.node or attention, attention)
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,7 @@ class MLASite:
     heads in the graph's order.
     """
 
+    softmax: Node
     root: Node
     out: tuple[Label, ...]
     rows: tuple[Label, ...]
@@ -179,7 +186,10 @@ class MLASite:
     logit_cap: float
     paging: Paging | None
     lse: tuple[Node, ...]
-    where: str
+
+    @property
+    def where(self) -> str:
+        return source_line(self.softmax)
 
     @property
     def expanded(self) -> bool:
@@ -223,3 +233,6 @@ class MLASite:
         kinds = ["length"] if self.lengths else []
         kinds += ["bool" if m.fill is not None else "additive" for m in self.masks]
         return " + ".join(kinds) or "none"
+
+    def __str__(self) -> str:
+        return f"rewritten: {self.where} ({self.family}), mask {self.mask}, {self.dims}"

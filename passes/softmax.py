@@ -8,7 +8,7 @@ values are weighed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
@@ -17,7 +17,6 @@ from mla_compile.passes.graph import (
     CONTRACTIONS,
     FUSED_ATTENTION,
     RENAMES,
-    argument,
     aten,
     constant,
     equal,
@@ -30,18 +29,8 @@ from mla_compile.passes.site import Reason, Refusal
 
 # What probabilities stay probabilities through, up to a factor.
 CARRIERS = RENAMES | CASTS | {aten.mul.Tensor, aten.slice.Tensor}
-SOFTMAX = frozenset({aten._softmax.default, aten.softmax.int, aten._safe_softmax.default})
 COPIES = CASTS | {aten.clone.default}
-REMOVES_OR_ADDS_UNIT_DIMS = frozenset(
-    {
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.view.default,
-        aten.reshape.default,
-    }
-)
+RESHAPES = RENAMES - {aten.permute.default, aten.expand.default}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +51,8 @@ class Attention:
     """A softmax, the `contraction` that consumes it, and the `path` from it to the `root`.
 
     The root is the contraction or, with a `total`, the division after it; that of a fused call is
-    its first result.  `lse` are the nodes that hold log Σ exp(scores), if any is used elsewhere.
+    its first result; or a slice of these.  `lse` are the nodes that hold log Σ exp(scores), if any
+    is used elsewhere.
     """
 
     softmax: Node
@@ -82,10 +72,6 @@ def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
             continue
         if node.target in FUSED_ATTENTION:
             yield Normalised(node, None, -1)
-        elif node.target in SOFTMAX:
-            axis = argument(node, "dim") % len(shape(node))
-            scores = unshifted(node.args[0], axis)
-            yield Normalised(without_empty_rows(node, scores), scores, axis)
         elif node.target is aten.exp.default:
             yield from normalised(node)
 
@@ -166,7 +152,7 @@ def per_row(node: Node, like: Node, axis: int) -> Node | None:
 def without_unit_dims(node: Node) -> Node:
     """The node behind casts and views that only add or remove dimensions of size one."""
     while node.op == "call_function":
-        renamed = node.target in REMOVES_OR_ADDS_UNIT_DIMS and same_rows(node, node.args[0])
+        renamed = node.target in RESHAPES and same_rows(node, node.args[0])
         if not (renamed or node.target in COPIES):
             break
         node = node.args[0]
@@ -230,28 +216,39 @@ def without_empty_rows(probabilities: Node, scores: Node) -> Node:
 
 
 def sees_nothing(condition: Node, scores: Node) -> bool:
-    """condition = "every score of the row is -inf", as ATen's safe softmax says it."""
-    negated = False
-    every = False
-    while True:
-        if condition.target is aten.logical_not.default:
-            negated = not negated
-        elif (condition.target is aten.any.dim and negated and not every) or (
-            condition.target is aten.all.dim and not negated and not every
-        ):
-            every = True
-        else:
-            break
+    """condition = not any(not (scores == -inf)), as ATen's safe softmax says it."""
+    for target in (aten.logical_not.default, aten.any.dim, aten.logical_not.default):
+        if condition.target is not target:
+            return False
         condition = condition.args[0]
-    hidden = (
-        condition.target is aten.eq.Scalar and condition.args[1] == float("-inf") and not negated
-    )
-    return hidden and every and strip(condition.args[0]) is strip(scores)
+    hidden = condition.target is aten.eq.Scalar and condition.args[1] == float("-inf")
+    return hidden and strip(condition.args[0]) is strip(scores)
 
 
 def is_attention(softmax: Normalised) -> bool:
     """It weighs something; a router's probabilities do not."""
     return softmax.scores is None or weighs(softmax.node)
+
+
+def has_queries(softmax: Normalised) -> bool:
+    """Its scores are contractions, but for what is done element by element or joined to them.
+
+    They may be, where they come from outside of the graph.
+    """
+    todo, seen = [softmax.scores or softmax.node], set()
+    while todo:
+        node = todo.pop()
+        summed = node.target is aten.sum.dim_IntList
+        multiplied = summed and node.args[0].target is aten.mul.Tensor
+        if node.target in CONTRACTIONS | FUSED_ATTENTION or multiplied or node.op == "placeholder":
+            return True
+        whole = node.target in RENAMES or node.target is aten.cat.default
+        before = [
+            x for x in node.all_input_nodes if is_tensor(x) and (whole or same_shape(x, node))
+        ]
+        todo += [x for x in before if x not in seen]
+        seen |= {*before}
+    return False
 
 
 def weighs(weights: Node) -> bool:
@@ -260,13 +257,11 @@ def weighs(weights: Node) -> bool:
     while todo:
         node = todo.pop()
         for user in set(node.users) - seen:
-            summed = user.target is aten.sum.dim_IntList and strip_copies(node) is not weights
-            if user.target in CONTRACTIONS or summed:
+            summed = user.target is aten.sum.dim_IntList
+            if user.target in CONTRACTIONS or (summed and strip_copies(node) is not weights):
                 return True
             if user.target in CARRIERS or (
-                is_tensor(user)
-                and same_shape(user, node)
-                and user.target is not aten.sum.dim_IntList
+                is_tensor(user) and not summed and same_shape(user, node)
             ):
                 seen.add(user)
                 todo.append(user)
@@ -294,6 +289,17 @@ def attention_of(softmax: Normalised) -> Attention:
     replaced = {root, node}
     lse = (n for n in log_sum_exps(scores, axis) if escape(n, replaced))
     return Attention(node, scores, axis, total, contraction, root, path, tuple(lse))
+
+
+def cropped(attention: Attention) -> Attention | None:
+    """The attention up to a slice of its output, if nothing else is used: values may be padded."""
+    path = [attention.root]
+    while path[-1] is attention.root or path[-1].target is not aten.slice.Tensor:
+        users = readers(path[-1])
+        if len(users) != 1 or users[0].target not in RENAMES | CASTS | {aten.slice.Tensor}:
+            return None
+        path += users
+    return replace(attention, root=path[-1], path=attention.path.union(path))
 
 
 def toward_sums(exponential: Node) -> set[Node]:

@@ -42,7 +42,9 @@ def pick_part(index: Index, dim: int, parts: list[Part]) -> Read:
     high = low + (first.label.size if first.label else 1)
     cuts = []
     for begin, length, source, offset in parts:
-        begin, end = begin // span, (begin + length) // span
+        end = begin + length
+        if not equal(span, 1):
+            begin, end = begin // span, end // span
         if true(low >= begin) and true(high <= end):
             local = Digit(first.label, low - begin, end - begin), *index[dim][1:]
             entry = shift(
@@ -96,14 +98,6 @@ def _permute(node: Node, index: Index) -> Read:
 def _unsqueeze(node: Node, index: Index) -> Read:
     dim = _axis(node, len(index))
     return node.args[0], index[:dim] + index[dim + 1 :]
-
-
-def _squeeze(node: Node, index: Index) -> Read:
-    source: Node = node.args[0]
-    kept = [e for e in index if e]
-    if len(kept) != sum(not equal(n, 1) for n in shape(source)):
-        return None
-    return source, tuple(() if equal(n, 1) else kept.pop(0) for n in shape(source))
 
 
 def _slice(node: Node, index: Index) -> Read:
@@ -163,23 +157,15 @@ def _slice_scatter(node: Node, index: Index) -> Read:
 
 
 def _pad(node: Node, index: Index) -> Read:
-    """Zero padding, where the index never reaches the padding."""
+    """Padding, where the index never reaches it."""
     source: Node = node.args[0]
-    pads: list[Size] = node.args[1]
-    entries = list(index)
-    for i in range(len(pads) // 2):
-        dim, before, after = len(index) - 1 - i, pads[2 * i], pads[2 * i + 1]
-        if equal(before, 0) and equal(after, 0):
-            continue
+    read: Read = source, index
+    for i, before in enumerate(node.args[1][::2]):
+        dim = len(index) - 1 - i
         size = shape(source)[dim]
-        if len(entries[dim]) != 1 or isinstance(entries[dim][0].label, Leaf):
-            return None
-        digit = entries[dim][0]
-        high = digit.offset + (digit.label.size if isinstance(digit.label, Label) else 1)
-        if not (true(digit.offset >= before) and true(high <= before + size)):
-            return None
-        entries[dim] = (Digit(digit.label, digit.offset - before, size),)
-    return source, tuple(entries)
+        if read and not equal(size, shape(node)[dim]):
+            read = pick_part(read[1], dim, [(before, size, source, 0)])
+    return read
 
 
 def _gather(node: Node, index: Index) -> Read:
@@ -200,19 +186,15 @@ def _gather(node: Node, index: Index) -> Read:
 _RULES: dict[Any, Callable[[Node, Index], Read]] = {
     aten.clone.default: _same,
     aten.alias.default: _same,
-    aten.detach.default: _same,
-    aten.contiguous.default: _same,
     aten.lift_fresh_copy.default: _same,
     aten.copy.default: _copy,
     aten.view.default: _view,
-    aten.reshape.default: _view,
-    aten._unsafe_view.default: _view,
     aten.expand.default: _expand,
     aten.permute.default: _permute,
     aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.default: _squeeze,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
+    aten.squeeze.default: _view,
+    aten.squeeze.dim: _view,
+    aten.squeeze.dims: _view,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     operator.getitem: _getitem,

@@ -72,7 +72,7 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
     layers: int = 2  # with MLA
     refused: Set[Reason] = frozenset()  # all of them, for one of these
-    others: int = 0  # softmaxes that are no attention, reported as ESCAPE
+    others: int = 0  # softmaxes that are no attention
     attentions: tuple[str, ...] = ("eager", "sdpa")
     dynamo: dict[str, Any] = field(default_factory=dict)  # settings it needs to become one graph
 
@@ -82,11 +82,11 @@ class Model:
 
     @property
     def missed(self) -> int:
-        return self.others + self.layers - self.rewritten
+        return self.layers - self.rewritten
 
     def expects(self, misses: Counter[Reason]) -> bool:
-        attentions = misses - Counter({Reason.ESCAPE: self.others})
-        return misses.total() == self.missed and attentions.keys() <= self.refused
+        attentions = misses - Counter({Reason.NO_QUERY: self.others})
+        return attentions.total() == self.missed and attentions.keys() <= self.refused
 
     @property
     def cases(self) -> list[Case]:

@@ -277,6 +277,28 @@ def quantised_projection(x: Inputs) -> Tensor:
     return out
 
 
+def padded(x: Inputs, fill: float) -> Tensor:
+    q, k, v = expand(x)
+    return ((q @ k.mT) * SCALE).softmax(-1) @ F.pad(v, [0, 8], value=fill)
+
+
+def padded_values_cropped_to_other_columns(x: Inputs) -> Tensor:
+    return padded(x, 0.0)[..., 8:]
+
+
+def values_padded_by_ones_and_not_cropped(x: Inputs) -> Tensor:
+    return padded(x, 1.0)
+
+
+def values_padded_by_ones_and_cropped_too_late(x: Inputs) -> Tensor:
+    return padded(x, 1.0)[..., :17]
+
+
+def padded_values_used_again(x: Inputs) -> tuple[Tensor, Tensor]:
+    out = padded(x, 1.0)
+    return out[..., :16], out.sum(-1)
+
+
 NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (cache_of_expanded_heads, Reason.NO_LATENT),
     (grouped_query_cache, Reason.VALUE),
@@ -327,4 +349,8 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (quantised_latent, Reason.VALUE),
     (scale_of_every_query, Reason.SCALE),
     (top_left_causal_sdpa, Reason.CAUSAL),
+    (padded_values_cropped_to_other_columns, Reason.BETWEEN),
+    (values_padded_by_ones_and_not_cropped, Reason.BETWEEN),
+    (values_padded_by_ones_and_cropped_too_late, Reason.BETWEEN),
+    (padded_values_used_again, Reason.BETWEEN),
 ]

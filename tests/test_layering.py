@@ -16,7 +16,7 @@ dims paged contents validate reference
 kernels.config kernels.split kernels.combine
 kernels.cdna kernels.cdna3 kernels.cdna4 kernels.schedule kernels.hopper kernels.gather kernels.sm90
 kernels.launch kernels.decode ops
-passes.graph passes.indexing passes.views passes.site passes.labels passes.softmax
+passes.graph passes.indexing passes.views passes.site passes.softmax
 passes.normal_form passes.masks passes.paging passes.score passes.recognise
 passes.absorb passes.rewrite passes.inductor
 backend saving picture page report demo selftest __main__

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, Node
 
+from mla_compile.passes import rewrite
 from mla_compile.passes.inductor import MLAPass
-from mla_compile.passes.site import Reason
+from mla_compile.passes.site import MLASite, Reason
 from tests.compiling import NAIVE, OP, Compiled, error
 from tests.negatives import NEGATIVES
 from tests.spellings import (
@@ -25,6 +27,7 @@ from tests.spellings import (
     paged,
 )
 from tests.spellings.absorbed import deepseek_absorbed
+from tests.spellings.expanded import expanded_sdpa_length_mask
 
 # Decode and two tokens at once, the three types, static and dynamic sizes.
 CASES = [
@@ -233,3 +236,90 @@ def test_a_miss_names_the_line_of_the_user() -> None:
     compiled(inputs())
     assert "negatives.py:" in compiled.misses[0].where
     assert compiled.misses[0].remedy
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[MLASite]:
+    """The attentions whose replacement is traced from here on."""
+    sites: list[MLASite] = []
+    trace = rewrite.traced
+
+    def counting(site: MLASite, inputs: list[Node]) -> Graph:
+        sites.append(site)
+        return trace(site, inputs)
+
+    monkeypatch.setattr(rewrite, "traced", counting)
+    return sites
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@torch.no_grad()
+def test_attentions_of_one_kind_are_traced_once(
+    dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layers(x: Inputs) -> list[Tensor]:
+        caches = [(x.kv_c + i, x.k_pe - i) for i in range(4)]
+        return [expanded_sdpa_length_mask(replace(x, kv_c=c, k_pe=r)) for c, r in caches]
+
+    x = inputs()
+    traced, compiled = counted(monkeypatch), Compiled(layers)
+    results = compiled(x.with_dynamic_sizes() if dynamic else x)
+    assert (len(traced), compiled.count(OP)) == (1, 4)
+    torch.testing.assert_close(results, layers(x))
+
+
+# Each has one thing other than `inputs()` has it.
+OTHERS = {
+    "batch": inputs(B=2),
+    "length": inputs(Skv=32),
+    "heads": inputs(N=2),
+    "queries": inputs(Sq=2),
+    "type": inputs().to(torch.float64),
+    "order in memory": replace(
+        inputs(), kv_c=inputs().kv_c.transpose(0, 1).contiguous().transpose(0, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "dynamic", [False, pytest.param(True, marks=pytest.mark.extra)], ids=["static", "dynamic"]
+)
+@pytest.mark.parametrize("other", OTHERS)
+@torch.no_grad()
+def test_attentions_of_two_kinds_are_traced_each(
+    other: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def layers(*layers: Inputs) -> list[Tensor]:
+        return [deepseek_absorbed(x) for x in layers]
+
+    xs = [inputs(), OTHERS[other], inputs()]
+    traced, compiled = counted(monkeypatch), Compiled(layers)
+    results = compiled(*(x.with_dynamic_sizes() for x in xs) if dynamic else xs)
+    # A dimension that is marked as dynamic has a symbol of its own in each input.
+    assert (len(traced), compiled.count(OP)) == (3 if dynamic else 2, 3)
+    torch.testing.assert_close(results, layers(*xs))
+
+
+@torch.no_grad()
+def test_another_scale_is_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layers(x: Inputs) -> list[Tensor]:
+        return [deepseek_absorbed(replace(x, q_nope=x.q_nope * i, q_pe=x.q_pe * i)) for i in (1, 2)]
+
+    x = inputs()
+    traced, compiled = counted(monkeypatch), Compiled(layers)
+    torch.testing.assert_close(compiled(x), layers(x))
+    assert (len(traced), compiled.count(OP)) == (2, 2)
+
+
+@torch.no_grad()
+def test_a_tensor_in_two_places_is_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of its own, or the one of the attention before it twice."""
+
+    def layers(x: Inputs) -> list[Tensor]:
+        s = absorbed_scores(x) + x.bias.transpose(1, 2)
+        masked = [s + m.transpose(1, 2) for m in (x.bias, x.bias + 1)]
+        return [torch.einsum("bsht,btc->bshc", m.softmax(-1), x.kv_c) for m in masked]
+
+    x = replace(inputs(), bias=torch.randn(3, 1, 1, 48))
+    traced, compiled = counted(monkeypatch), Compiled(layers)
+    torch.testing.assert_close(compiled(x), layers(x))
+    assert (len(traced), compiled.count(OP)) == (2, 2)

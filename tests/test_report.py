@@ -5,16 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
 
 import mla_compile
 from mla_compile.picture import HEIGHT, WIDTH, Op, layered, svg
-from mla_compile.report import Report
+from mla_compile.report import Report, reporting
 from mla_compile.saving import absorbed, as_written, rewritten, saving
+from tests.compiling import OP
 
 B, N, SKV, LKV, R, P = 2, 4, 50, 32, 8, 16
 ROOT = Path(__file__).parent.parent
@@ -144,11 +150,76 @@ def hidden(q: Tensor, latent: Tensor, kv_b: Tensor) -> Tensor:
     return out
 
 
-def test_a_graph_break_that_hides_the_latent_is_named() -> None:
+def cut_at_the_scores(q: Tensor, latent: Tensor, kv_b: Tensor) -> Tensor:
+    kv = (latent @ kv_b).unflatten(-1, (N, P)).transpose(1, 2)
+    scores = q @ kv.mT
+    torch._dynamo.graph_break()
+    out: Tensor = scores.softmax(-1) @ kv
+    return out
+
+
+@pytest.mark.parametrize("cut, line", [(hidden, 2), (cut_at_the_scores, 3)])
+def test_a_graph_break_between_cache_and_attention_is_named(
+    cut: Callable[..., Tensor], line: int
+) -> None:
     x = torch.randn(B, N, 1, P), torch.randn(B, SKV, LKV), torch.randn(LKV, N * P)
-    (miss,) = mla_compile.explain(hidden, *x).misses
-    assert f"{__file__}:{hidden.__code__.co_firstlineno + 2}: " in miss.graph_break
-    assert "break" in miss.rows()
+    (miss,) = mla_compile.explain(cut, *x).misses
+    assert miss.reason == "GRAPH_BREAK"
+    assert miss.graph_break.startswith(f"{__file__}:{cut.__code__.co_firstlineno + line}: ")
+    assert "graph break" in miss.remedy
+
+
+def appended(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    q = q.sin()
+    torch._dynamo.graph_break()
+    k, v = (torch.cat([cache, q], 2) for cache in (keys, values))
+    out: Tensor = (q @ k.mT).softmax(-1) @ v
+    return out
+
+
+def test_an_attention_after_a_graph_break_keeps_its_own_reason() -> None:
+    shapes = (B, N, 1, P), (B, N, SKV, P), (B, N, SKV, P)
+    (miss,) = mla_compile.explain(appended, *map(torch.randn, shapes)).misses
+    assert miss.reason == "NO_LATENT"
+
+
+def mixed(x: Tensor, w: Tensor) -> Tensor:
+    """Streams mixed by a matrix that is a part of a projection, as hyper-connections do."""
+    mix = (x.flatten(1) @ w)[:, :9].view(-1, 3, 3).softmax(-1) + 1e-6
+    return mix.mT @ x
+
+
+def test_softmaxes_that_are_no_attention_are_listed_apart() -> None:
+    found = mla_compile.explain(mixed, torch.randn(2, 3, 4), torch.randn(12, 12))
+    line = f"{__file__}:{mixed.__code__.co_firstlineno + 2}"
+    assert (found.sites, found.misses, found.others) == ([], [], [line])
+    assert "0 left alone" in str(found) and f"no attention at {line}" in str(found)
+
+
+class Seeing(CustomGraphPass):
+    """A user's own pass: does it see the op?"""
+
+    ops = -1
+
+    def __call__(self, graph: Graph) -> None:
+        self.ops = sum(n.target is OP for n in graph.nodes)
+
+    def uuid(self) -> None:
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seeing:
+        return self
+
+
+def test_the_users_own_pass_runs_as_in_the_real_compilation() -> None:
+    by_config, by_options = Seeing(), Seeing()
+    with config.patch(joint_custom_pre_pass=by_config):
+        assert len(mla_compile.explain(attention, *inputs()).sites) == 1
+    assert by_config.ops == 1
+    with reporting() as found, torch.no_grad():
+        options: dict[str, Any] = {"joint_custom_pre_pass": by_options}
+        torch.compile(attention, backend="mla", options=options)(*inputs())
+    assert (by_options.ops, len(found.sites)) == (1, 1)
 
 
 def test_explain_does_not_warn_of_caches(recwarn: pytest.WarningsRecorder) -> None:

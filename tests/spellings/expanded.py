@@ -189,3 +189,20 @@ def expanded_sdpa_without_rope(x: Inputs) -> Tensor:
     out = F.scaled_dot_product_attention(q, k[..., :16], v, attn_mask=mask, scale=SCALE)
     B, N, Sq, _ = out.shape
     return out.transpose(1, 2).contiguous().view(B, Sq, N * 16)
+
+
+def expanded_sdpa_of_values_padded_to_the_width_of_the_keys(x: Inputs) -> Tensor:
+    """Flash style: one width for all, the output cropped; on a CPU the call stays fused."""
+    q, k, v = expand(x)
+    v = F.pad(v, [0, k.shape[-1] - v.shape[-1]])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=x.keep, scale=SCALE)
+    return out.transpose(1, 2).contiguous()[..., :16]
+
+
+def expanded_values_joined_with_zeros(x: Inputs) -> Tensor:
+    """The same by hand, divided after the values."""
+    q, k, v = expand(x)
+    e = wide(q @ k.mT * SCALE).exp()
+    padded = torch.cat([v, torch.zeros_like(v[..., :8])], -1)
+    out = e.to(v.dtype) @ padded / e.sum(-1, keepdim=True)
+    return out[..., :16].to(v.dtype).transpose(1, 2)
