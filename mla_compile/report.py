@@ -19,6 +19,7 @@ from torch._inductor import config
 from torch.fx import Graph, Node
 
 from mla_compile.backend import composed
+from mla_compile.kernels.config import KEY_MASK
 from mla_compile.page import Section, html
 from mla_compile.passes.graph import strip
 from mla_compile.passes.inductor import MLAPass, Verdict
@@ -269,6 +270,15 @@ def rewritten(
     )
 
 
+def rare(site: MLASite) -> str:
+    """What `decode` says of the call's mask."""
+    rows = frozenset((*site.queries, *site.heads))
+    of_rows = any(x.size != 1 for mask in site.masks for x in mask.leaf.labels & rows)
+    if of_rows or (site.masks and site.paging):
+        return "attn_mask"
+    return KEY_MASK if site.masks else ""
+
+
 def kernel(site: MLASite) -> str:
     value = site.latent.key.node.meta["val"]
     if value.device.type != "cuda":
@@ -284,7 +294,7 @@ def kernel(site: MLASite) -> str:
         R=dims["R"],
         q_bytes=value.element_size(),
         kv_bytes=value.element_size(),
-        rare="attn_mask" if site.masks else "",
+        rare=rare(site),
     )
     return f"{config.kernel}, {config.block_m} rows × {config.block_n} keys: {why}"
 

@@ -17,10 +17,11 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import mla_compile
+from mla_compile.kernels.config import KEY_MASK
 from mla_compile.picture import HEIGHT, WIDTH, Op, layered, svg
-from mla_compile.report import Report, reporting
+from mla_compile.report import Report, rare, reporting
 from mla_compile.saving import absorbed, as_written, rewritten, saving
-from tests.compiling import OP
+from tests.compiling import OP, Compiled
 
 B, N, SKV, LKV, R, P = 2, 4, 50, 32, 8, 16
 ROOT = Path(__file__).parent.parent
@@ -273,3 +274,19 @@ def test_absorbed_flops_are_those_of_the_benchmark() -> None:
     assert absorbed(DEEPSEEK).flops == 2 * 128 * 4096 * (576 + 512)
     assert rewritten(DEEPSEEK, expanded=False) == absorbed(DEEPSEEK)
     assert saving(DEEPSEEK, expanded=False)["FLOPs"] == "1.14e+09 as before"
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"), [((2, 1, 1, 40), KEY_MASK), ((2, 3, 1, 40), "attn_mask")]
+)
+def test_a_mask_of_keys_is_told_from_a_mask_of_rows(shape: tuple[int, ...], wanted: str) -> None:
+    """Only the former has a Gluon kernel."""
+
+    def attention(q: Tensor, cache: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.einsum("bnd,bsd->bns", q, cache) * 0.1 + mask[:, :, 0]
+        return torch.einsum("bns,bsl->bnl", scores.softmax(-1), cache[..., :16])
+
+    compiled = Compiled(attention)
+    compiled(torch.randn(2, 3, 24), torch.randn(2, 40, 24), torch.randn(shape))
+    (site,) = compiled.sites
+    assert rare(site) == wanted
