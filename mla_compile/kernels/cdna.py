@@ -18,6 +18,7 @@ R: gl.constexpr = gl.constexpr(64)
 WIDE: gl.constexpr = gl.constexpr(8)  # elements of 16 bytes, the widest access there is
 XCDS: gl.constexpr = gl.constexpr(8)  # dies of an MI300 or MI350, each with an L2 of its own
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
+LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf is NaN
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 
@@ -34,6 +35,12 @@ def score_layout(version, block_m, num_warps):
     """[BLOCK_M, BLOCK_N]: 16 rows a wave; waves that are left divide the keys."""
     over_rows = min(block_m // 16, num_warps)
     return _matrix_layout(version, [over_rows, num_warps // over_rows])
+
+
+@gluon.constexpr_function
+def key_waves(block_m, block_n, num_warps):
+    """How many waves divide the keys of a row of scores, 16 each at least."""
+    return min(num_warps // min(block_m // 16, num_warps), block_n // 16)
 
 
 @gluon.constexpr_function
@@ -128,6 +135,14 @@ def share(b, row, split, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLO
 
 
 @gluon.jit
+def anew(block):
+    """The block, of which the compiler knows nothing yet: what the epilogue needs it computes again
+    instead of keeping it from the prologue on, for which the loop has no registers."""
+    row = gl.inline_asm_elementwise("", "=s,0", [block[0]], block[0].dtype, is_pure=True, pack=1)
+    return row, block[1], block[2], block[3]
+
+
+@gluon.jit
 def rows_of(block, N: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
     """Token within the sequence and head of each row; rows past the end repeat the last."""
     rows = gl.minimum(block[0] + gl.arange(0, BLOCK_M, layout=LAYOUT), block[2] * N - 1)
@@ -171,6 +186,14 @@ def look_up(table_ptr, start, hi, PAGE_SIZE, BLOCK_N: gl.constexpr, LAYOUT: gl.c
 
 
 @gluon.jit
+def entries_of(table_ptr, start, hi, PAGE_SIZE, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """`at` of the tile at `start` but for the positions: what is worth a register until then.
+    2^31 pages are 2 TB, so a number of a page has 32 bits."""
+    _, entries = look_up(table_ptr, start, hi, PAGE_SIZE, BLOCK_N, LAYOUT)
+    return entries.to(gl.int32)
+
+
+@gluon.jit
 def keys_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE):
     """[BLOCK_N] pointers."""
     pos, entries = at
@@ -191,6 +214,15 @@ def tile_at(ptr, at, b, stride_p, stride_s, PAGE_SIZE, WIDTH, LAYOUT: gl.constex
 
 
 @gluon.jit
+def seen_by_all(block, keys, N, CAUSAL: gl.constexpr):
+    """Where the keys end that no row of the block has to hide."""
+    end = keys[1]
+    if CAUSAL:
+        end = gl.minimum(end, keys[2] - block[2] + 1 + block[0] // N)
+    return end
+
+
+@gluon.jit
 def hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, LAYOUT: gl.constexpr):
     """-inf for keys past the end or later than a row's query."""
     pos = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
@@ -202,15 +234,41 @@ def hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, LAYOUT: gl.constexp
 
 
 @gluon.jit
-def softmax(s, m_i, l_i, qk_scale, CAUSAL: gl.constexpr):
-    """One online step in powers of two: p, alpha and the new m_i, l_i."""
-    m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
-    base = m_new
-    if CAUSAL:  # a row may have seen no key yet; -inf - -inf is NaN
-        base = gl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = gl.exp2(m_i - base)
-    p = gl.exp2(s * qk_scale - base[:, None])
-    return p, alpha, m_new, l_i * alpha + gl.sum(p, 1)
+def by_wave(s, WAVES: gl.constexpr):
+    """[BLOCK_M, BLOCK_N] with the waves that share a row as axis 2."""
+    return s.reshape([s.shape[0], s.shape[1] // (16 * WAVES), WAVES, 16])
+
+
+@gluon.jit
+def wave_sums(s, WAVES: gl.constexpr):
+    """[BLOCK_M, WAVES]"""
+    return gl.sum(gl.sum(by_wave(s, WAVES), 3), 1)
+
+
+@gluon.jit
+def row_max(s, smem, WAVES: gl.constexpr):
+    """[BLOCK_M], through smem [BLOCK_M, WAVES]. Triton's own exchange takes two barriers more, and
+    LLVM has it wait for the next tile."""
+    if WAVES == 1:
+        return gl.max(s, 1)
+    smem.store(gl.max(gl.max(by_wave(s, WAVES), 3), 1))
+    top = gl.max(smem.slice(0, 1, 1).load(s.type.layout), 1)
+    for wave in gl.static_range(1, WAVES):
+        top = gl.maximum(top, gl.max(smem.slice(wave, 1, 1).load(s.type.layout), 1))
+    return top
+
+
+@gluon.jit
+def softmax(s, m_i, l_i, qk_scale, smem, WAVES: gl.constexpr):
+    """One online step in powers of two: p, alpha and the new m_i, l_i.
+
+    l_i is [BLOCK_M, WAVES]: each wave adds up its own keys.
+    """
+    m_new = gl.maximum(m_i, row_max(s, smem, WAVES) * qk_scale)
+    alpha = gl.exp2(m_i - m_new)
+    p = gl.exp2(s * qk_scale - m_new[:, None])
+    fade = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))
+    return p, alpha, m_new, l_i * fade[:, None] + wave_sums(p, WAVES)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 import mla_compile.kernels.cdna as cdna
-from mla_compile.kernels.cdna import LKV, LOG2E, WIDE, R
+from mla_compile.kernels.cdna import LKV, LOG2E, LOWEST, WIDE, R
 
 DEEP: gl.constexpr = gl.constexpr(4)  # keys of a lane in one matrix instruction
 MFMA: gl.constexpr = gl.constexpr(16)  # its columns
@@ -83,6 +83,7 @@ def cdna3_kernel(
     S: gl.constexpr = cdna.score_layout(3, BLOCK_M, W)  # of scores
     A: gl.constexpr = cdna.out_layout(3, W)  # of the accumulator
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    WAVES: gl.constexpr = cdna.key_waves(BLOCK_M, BLOCK_N, W)
     Q: gl.constexpr = gl.DotOperandLayout(0, S, WIDE)
     K: gl.constexpr = gl.DotOperandLayout(1, S, WIDE)
     P: gl.constexpr = gl.DotOperandLayout(0, A, DEEP)
@@ -103,13 +104,14 @@ def cdna3_kernel(
         BLOCK_N,
     )
     lo, hi, _, b, entry = keys
-    m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=ROWS)
-    l_i = gl.zeros([BLOCK_M], gl.float32, layout=ROWS)
+    m_i = gl.full([BLOCK_M], LOWEST, gl.float32, layout=ROWS)
+    l_i = cdna.wave_sums(gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S), WAVES)
     acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=A)
     out_strides = (stride_ot, stride_on, stride_os)
     if hi <= lo:
         cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
-        cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
+        none = gl.zeros_like(m_i)
+        cdna.store_sums(lse_ptr, m_i, none, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
         return
     if PAGE_SIZE > 0:
         table_ptr += b * stride_table if starts_ptr is None else entry
@@ -117,6 +119,7 @@ def cdna3_kernel(
     q_nope = cdna.load_query(q_nope_ptr, block, stride_qt, stride_qn, N, BLOCK_M, LKV, Q)
     q_pe = cdna.load_query(q_pe_ptr, block, stride_pt, stride_pn, N, BLOCK_M, R, Q)
     qk_scale = sm_scale * LOG2E
+    all_see = cdna.seen_by_all(block, keys, N, CAUSAL)
 
     kv_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_N, LKV], cdna.padded(BLOCK_N, LKV, LKV, WIDE))
     pe_smem = gl.allocate_shared_memory(DTYPE, [BLOCK_N, R], cdna.padded(BLOCK_N, R, R, WIDE))
@@ -126,13 +129,18 @@ def cdna3_kernel(
     row_smem = gl.allocate_shared_memory(
         gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
+    max_smem = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_M, WAVES], gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
+    )
 
-    at_c = cdna.look_up(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, C)
-    at_e = cdna.look_up(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, E)
+    entries_c = cdna.entries_of(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, C)
+    entries_e = cdna.entries_of(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, E)
+    at_c = cdna.positions(lo, hi, BLOCK_N, C), entries_c
     kv = gl.load(cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C))
+    at_e = cdna.positions(lo, hi, BLOCK_N, E), entries_e
     pe = gl.load(cdna.tile_at(k_pe_ptr, at_e, b, stride_kp, stride_ks, PAGE_SIZE, R, E))
-    at_c = cdna.look_up(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
-    at_e = cdna.look_up(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
+    entries_c = cdna.entries_of(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
+    entries_e = cdna.entries_of(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
     for start in range(lo, hi, BLOCK_N):
         kv_smem.store(kv)
         pe_smem.store(pe)
@@ -141,13 +149,16 @@ def cdna3_kernel(
         s = gl.amd.cdna3.mfma(q_nope, kv_smem.permute([1, 0]).load(K), s)
         v = kv_smem.load(value_layout(BLOCK_N, W))  # [BLOCK_N, LKV]
 
+        at_c = cdna.positions(start + BLOCK_N, hi, BLOCK_N, C), entries_c
         kv = gl.load(cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C))
+        at_e = cdna.positions(start + BLOCK_N, hi, BLOCK_N, E), entries_e
         pe = gl.load(cdna.tile_at(k_pe_ptr, at_e, b, stride_kp, stride_ks, PAGE_SIZE, R, E))
-        at_c = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
-        at_e = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
+        entries_c = cdna.entries_of(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
+        entries_e = cdna.entries_of(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
 
-        s = cdna.hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, S)
-        p, alpha, m_i, l_i = cdna.softmax(s, m_i, l_i, qk_scale, CAUSAL)
+        if start + BLOCK_N > all_see:
+            s = cdna.hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, S)
+        p, alpha, m_i, l_i = cdna.softmax(s, m_i, l_i, qk_scale, max_smem, WAVES)
         p_smem.store(p.to(DTYPE))
         row_smem.store(alpha)
         acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
@@ -155,10 +166,12 @@ def cdna3_kernel(
         v = gl.convert_layout(v.reshape([BLOCK_N, LKV]), V)
         acc = gl.amd.cdna3.mfma(p_smem.load(P), v, acc)  # [BLOCK_M, LKV]
 
-    row_smem.store(1.0 / gl.where(l_i > 0, l_i, 1.0))
+    block = cdna.anew(block)
+    total = gl.convert_layout(gl.sum(l_i, 1), ROWS)
+    row_smem.store(1.0 / gl.where(total > 0, total, 1.0))
     acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
     acc = acc.reshape([BLOCK_M, LKV // (W * MFMA), W, MFMA]).permute([0, 2, 3, 1])
     out = acc.reshape([BLOCK_M, LKV])
     ORDERED: gl.constexpr = out.type.layout
     cdna.store_out(out_ptr, out, block, out_strides, N, BLOCK_M, ORDERED)
-    cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
+    cdna.store_sums(lse_ptr, m_i, total, block, num_splits, N, SPLIT, BLOCK_M, ROWS)

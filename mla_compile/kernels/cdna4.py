@@ -10,12 +10,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd.cdna4 import async_copy
 
 import mla_compile.kernels.cdna as cdna
-from mla_compile.kernels.cdna import LKV, LOG2E, WIDE, R
+from mla_compile.kernels.cdna import LKV, LOG2E, LOWEST, WIDE, R
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the second name
 # LLVM up to Triton 3.7 counts direct-to-LDS loads among LDS accesses, and so waits too little for
-# LDS reads before them (llvm-project#179305; the emulator found it). A barrier keeps them apart.
+# LDS reads before them (llvm-project#179305; the emulator found it). So no read may come before.
 MISCOUNTS: gl.constexpr = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
+
+
+@gluon.jit
+def fence(x):
+    """No memory access is moved across it. It takes a scalar, as assembly must, and no time."""
+    gl.inline_asm_elementwise("", "=s,0", [x], dtype=x.dtype, is_pure=False, pack=1)
 
 
 @gluon.jit(do_not_specialize=["page_size", "num_splits", "num_programs", "stride_table"])
@@ -64,6 +70,7 @@ def cdna4_kernel(
     S: gl.constexpr = cdna.score_layout(4, BLOCK_M, W)  # of scores
     A: gl.constexpr = cdna.out_layout(4, W)  # of the accumulator
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    WAVES: gl.constexpr = cdna.key_waves(BLOCK_M, BLOCK_N, W)
     Q: gl.constexpr = gl.DotOperandLayout(0, S, WIDE)
     K: gl.constexpr = gl.DotOperandLayout(1, S, WIDE)
     P: gl.constexpr = gl.DotOperandLayout(0, A, WIDE)
@@ -84,13 +91,14 @@ def cdna4_kernel(
         BLOCK_N,
     )
     lo, hi, _, b, entry = keys
-    m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, layout=ROWS)
-    l_i = gl.zeros([BLOCK_M], gl.float32, layout=ROWS)
+    m_i = gl.full([BLOCK_M], LOWEST, gl.float32, layout=ROWS)
+    l_i = cdna.wave_sums(gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S), WAVES)
     acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=A)
     out_strides = (stride_ot, stride_on, stride_os)
     if hi <= lo:
         cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
-        cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
+        none = gl.zeros_like(m_i)
+        cdna.store_sums(lse_ptr, m_i, none, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
         return
     if PAGE_SIZE > 0:
         table_ptr += b * stride_table if starts_ptr is None else entry
@@ -98,6 +106,7 @@ def cdna4_kernel(
     q_nope = cdna.load_query(q_nope_ptr, block, stride_qt, stride_qn, N, BLOCK_M, LKV, Q)
     q_pe = cdna.load_query(q_pe_ptr, block, stride_pt, stride_pn, N, BLOCK_M, R, Q)
     qk_scale = sm_scale * LOG2E
+    all_see = cdna.seen_by_all(block, keys, N, CAUSAL)
 
     # A wave writes 1 KB at a time, so only what one write holds can be kept apart.
     kv_smem = gl.allocate_shared_memory(
@@ -110,47 +119,57 @@ def cdna4_kernel(
     row_smem = gl.allocate_shared_memory(
         gl.float32, [BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
+    max_smem = gl.allocate_shared_memory(
+        gl.float32, [BLOCK_M, WAVES], gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
+    )
 
-    at_c = cdna.look_up(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, C)
-    at_e = cdna.look_up(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, E)
+    entries_c = cdna.entries_of(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, C)
+    entries_e = cdna.entries_of(table_ptr, lo, hi, PAGE_SIZE, BLOCK_N, E)
+    at_c = cdna.positions(lo, hi, BLOCK_N, C), entries_c
     kv = cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C)
+    at_e = cdna.positions(lo, hi, BLOCK_N, E), entries_e
     pe = cdna.tile_at(k_pe_ptr, at_e, b, stride_kp, stride_ks, PAGE_SIZE, R, E)
     async_copy.global_load_to_shared(kv_smem.index(0), kv)
     async_copy.global_load_to_shared(pe_smem.index(0), pe)
     async_copy.commit_group()
-    at_c = cdna.look_up(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
-    at_e = cdna.look_up(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
+    entries_c = cdna.entries_of(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
+    entries_e = cdna.entries_of(table_ptr, lo + BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
     now = 0
     for start in range(lo, hi, BLOCK_N):
         async_copy.wait_group(0)
         barrier()
+        at_c = cdna.positions(start + BLOCK_N, hi, BLOCK_N, C), entries_c
         kv = cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C)
+        at_e = cdna.positions(start + BLOCK_N, hi, BLOCK_N, E), entries_e
         pe = cdna.tile_at(k_pe_ptr, at_e, b, stride_kp, stride_ks, PAGE_SIZE, R, E)
         async_copy.global_load_to_shared(kv_smem.index(1 - now), kv)
         async_copy.global_load_to_shared(pe_smem.index(1 - now), pe)
         async_copy.commit_group()
-        at_c = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
-        at_e = cdna.look_up(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
         if MISCOUNTS:
-            barrier()
+            fence(start)
 
         k = async_copy.load_shared_relaxed(kv_smem.index(now).permute([1, 0]), K)
         k_pe = async_copy.load_shared_relaxed(pe_smem.index(now).permute([1, 0]), K)
         s = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S)
         s = gl.amd.cdna3.mfma(q_pe, k_pe, s)
         s = gl.amd.cdna3.mfma(q_nope, k, s)
-        s = cdna.hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, S)
-        p, alpha, m_i, l_i = cdna.softmax(s, m_i, l_i, qk_scale, CAUSAL)
-        v = async_copy.load_shared_relaxed(kv_smem.index(now), V)  # [BLOCK_N, LKV]
+        if start + BLOCK_N > all_see:
+            s = cdna.hide(s, start, block, keys, N, CAUSAL, BLOCK_M, BLOCK_N, S)
+        p, alpha, m_i, l_i = cdna.softmax(s, m_i, l_i, qk_scale, max_smem, WAVES)
         p_smem.store(p.to(DTYPE))
         row_smem.store(alpha)
         barrier()
+        entries_c = cdna.entries_of(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
+        entries_e = cdna.entries_of(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
         acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
+        v = async_copy.load_shared_relaxed(kv_smem.index(now), V)  # [BLOCK_N, LKV]
         acc = gl.amd.cdna3.mfma(p_smem.load(P), v, acc)  # [BLOCK_M, LKV]
         now = 1 - now
     async_copy.wait_group(0)
 
-    row_smem.store(1.0 / gl.where(l_i > 0, l_i, 1.0))
+    block = cdna.anew(block)
+    total = gl.convert_layout(gl.sum(l_i, 1), ROWS)
+    row_smem.store(1.0 / gl.where(total > 0, total, 1.0))
     acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
     cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
-    cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
+    cdna.store_sums(lse_ptr, m_i, total, block, num_splits, N, SPLIT, BLOCK_M, ROWS)

@@ -37,13 +37,22 @@ _FUSED = (("enable_fp_fusion", True),)
 # AMD: 16×16 MFMA, with packed K loads before CDNA4, as every MI300 MLA kernel in the field has it.
 _CDNA3 = (("matrix_instr_nonkdim", 16), ("kpack", 2))
 _CDNA4 = (("matrix_instr_nonkdim", 16),)
-# LLVM's default scheduler takes 1 % longer on gfx942, twice as long on gfx950. From Triton 3.8 on.
+# LLVM's scheduler for a wave that must hide its own latencies; the default one takes up to 15 %
+# longer. Up to Triton 3.7 only this hint asks for it.
 _ILP = (*_FUSED, ("llvm_fn_attrs", "amdgpu-sched-strategy=iterative-ilp"))
+_ILP_HINT = (*_FUSED, ("schedule_hint", "memory-bound-attention"))
+# All 256 registers that each of 8 waves has for any use: of two halves one is full too early.
+_ILP_UNIFIED = (
+    *_FUSED,
+    ("llvm_fn_attrs", "amdgpu-sched-strategy=iterative-ilp,amdgpu-agpr-alloc=0"),
+)
 
 # Configs of an arch by the most rows each suits, in rising order; the last takes all that is left.
 # sm90 numbers are measured on an H200, gfx numbers come from a timing model of the compiled code;
-# both at 128 heads, context 4096, batch 128. None of these spills on Triton 3.6 or 3.9. A suffix
-# names an older Triton.
+# both at 128 heads, context 4096, batch 128. A suffix names an older Triton. No loop on AMD spills
+# with Triton 3.9. With 3.6, 64 portable rows on gfx950 do, under a mask of keys (69-87 registers)
+# and over a large e4m3fn cache (8), and it cannot compile one of e4m3fnuz there; with 3.7, ragged
+# queries under a soft cap on gfx942 move 1 register to an accumulation register.
 _GFX942 = (
     Config(block_m=16, block_n=16, num_warps=4, num_stages=1, options=_CDNA3),
     # LDS is 64 KB: one 32-key tile of 64 rows. With two stages the transposed V falls to
@@ -122,7 +131,15 @@ _CDNA3_16 = Config(
     combine=1 / 220,
     options=_FUSED,
 )
-_CDNA4_16 = replace(_CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 290, combine=1 / 160)
+# 256 registers are where a third program fits: 4.1 K clocks for three at once, 87 a key; 32 keys of
+# 4 waves 101 a key.
+_CDNA3_16_DENSE = replace(_CDNA3_16, per_unit=3, options=(*_FUSED, ("waves_per_eu", 2)))
+_CDNA3_64 = Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_ILP)
+_CDNA4_16 = replace(
+    _CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 290, combine=1 / 160, options=_ILP
+)
+# Two tiles are 158 of 160 KB LDS.
+_CDNA4_64 = Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_ILP_UNIFIED)
 GLUON: dict[str, tuple[Config, ...]] = {
     "sm90": (
         Config(
@@ -138,35 +155,18 @@ GLUON: dict[str, tuple[Config, ...]] = {
             options=_FUSED,
         ),
     ),
-    "gfx942": (
-        # 4.4 K clocks for three programs at once, 91 a key; 32 keys of 4 waves 110 a key.
-        replace(_CDNA3_16, per_unit=3, options=_ILP),
-        # 4.9 K; 8 waves 4.9-5.1 K; the next tile loaded before QK instead of after it 5.0 K.
-        Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_ILP),
-    ),
-    "gfx942-3.7": (
-        replace(_CDNA3_16, per_unit=3),
-        # 4.8 K; 8 waves 5.5 K.
-        Config(block_m=64, block_n=32, num_warps=4, kernel="cdna3", options=_FUSED),
-    ),
-    "gfx942-3.6": (
-        _CDNA3_16,
-        # 5.1 K; 4 waves spill 20 registers.
-        Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_FUSED),
-    ),
-    "gfx950": (
-        # 3.3 K for two at once, 52 a key; 64 keys of 4 waves 57 a key.
-        replace(_CDNA4_16, options=_ILP),
-        # 5.2 K; 8 waves 5.7 K. Two tiles are 158 of 160 KB LDS.
-        Config(block_m=64, block_n=64, num_warps=4, kernel="cdna4", options=_ILP),
-    ),
-    # 7.5-7.9 K: the barrier that keeps LLVM from an error costs overlap.
+    # 4.4 K; 4 waves 4.8 K.
+    "gfx942": (_CDNA3_16_DENSE, _CDNA3_64),
+    # 4.5 K; 4 waves 4.9 K.
+    "gfx942-3.7": (_CDNA3_16_DENSE, replace(_CDNA3_64, options=_ILP_HINT)),
+    # 4.5 K; 4 waves spill 32 registers, and a third program of 16 rows 5.
+    "gfx942-3.6": (_CDNA3_16, replace(_CDNA3_64, options=_ILP_HINT)),
+    # 3.1 K for two at once, 49 a key; 64 keys of 4 waves 54 a key. 5.1 K; 4 waves 5.2-5.6 K.
+    "gfx950": (_CDNA4_16, _CDNA4_64),
+    # 5.1 K on 3.7, 5.3 K on 3.6, whose 4 waves move accumulators to and fro: 6.3 K.
     **dict.fromkeys(
         ("gfx950-3.7", "gfx950-3.6"),
-        (
-            _CDNA4_16,
-            Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_FUSED),
-        ),
+        (replace(_CDNA4_16, options=_ILP_HINT), replace(_CDNA4_64, options=_ILP_HINT)),
     ),
 }
 
