@@ -62,6 +62,7 @@ class Traffic:
         default_factory=lambda: defaultdict(list)
     )  # byte offsets of a wave's lanes, and bytes of a lane
     lines: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    executed: np.ndarray[Any, Any] | None = None  # waves that ran each instruction
 
     KEPT = 4  # of an instruction
 
@@ -90,6 +91,7 @@ class _Observer:
         return watched
 
     def _watch(self, m: Machine) -> None:
+        self.traffic.executed = m.executed
         read, write, load = m.lds.read, m.lds.write, m.memory.load
 
         def note(group: Any, wave: Any, offsets: Any, size: int) -> None:
@@ -170,7 +172,11 @@ def mfma_clocks(gpu: Gpu, mnemonic: str) -> float:
 
 
 def steps(kernel: Kernel, gpu: Gpu, traffic: Traffic) -> list[Step]:
-    body = kernel.hot_loop
+    """Of the hot loop, but for what most turns jump over: the mask of the last tile."""
+    body = list(kernel.hot_loop)
+    if traffic.executed is not None:
+        often = traffic.executed[body].max() / 2
+        body = [n for n in body if traffic.executed[n] >= often]
     return [_step(kernel.instructions[n], n, gpu, traffic) for n in body]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,12 +41,12 @@ Argument = Buffer | tuple[str, float]  # a tuple is a struct format and a value
 
 @dataclass(frozen=True)
 class Run:
-    executed: Counter[str]  # wave instructions by mnemonic
+    executed: Array  # waves that ran each instruction
     unwritten: int  # LDS units that were read and that nobody had written
 
     @property
     def wave_instructions(self) -> int:
-        return self.executed.total()
+        return int(self.executed.sum())
 
 
 def launch(
@@ -70,7 +69,7 @@ def launch(
     workgroups = int(np.prod(grid))
     rows = max(kernel.resources.vgprs, 1)
     batch = max(1, BATCH // (rows * waves * 256))
-    executed, unwritten = Counter[str](), 0
+    executed, unwritten = np.zeros(len(kernel.instructions), np.int64), 0
     modules = [scalar, vector, matrix, access]
     for first in range(0, workgroups, batch):
         ids = np.arange(first, min(first + batch, workgroups))

@@ -21,12 +21,12 @@ class Limit:
 
 
 LIMITS = {
-    # 256 registers are where a third program fits; causal queries keep their rows' lengths as well.
-    ("gfx942", "cdna3 16x16"): Limit(264, programs=2, sgpr_spills=42),
-    ("gfx942", "cdna3 64x32"): Limit(376),
+    # Waves of 256 registers: three programs of 2 waves, one of 8.
+    ("gfx942", "cdna3 16x16"): Limit(256, programs=3, sgpr_spills=42),
+    ("gfx942", "cdna3 64x32"): Limit(256),
     ("gfx950", "cdna4 16x32"): Limit(264, programs=2),
     # Ragged queries and 64-bit pages are what spills.
-    ("gfx950", "cdna4 64x64"): Limit(392, sgpr_spills=7),
+    ("gfx950", "cdna4 64x64"): Limit(256, sgpr_spills=7),
     ("gfx942", "split 16x16"): Limit(200, programs=2),
     ("gfx942", "split 64x32"): Limit(376, sgpr_spills=6),
     # One program of two waves a unit: its two tiles of K and of V are 140 of 160 KB LDS.
@@ -41,12 +41,20 @@ LIMITS = {
     ("gfx950", "split 64x32 fp8"): Limit(416),
     ("gfx942", "split 16x16 L1024"): Limit(312),
     ("gfx950", "split 16x16 L1024"): Limit(384),
-    # It reads once and writes once: eight waves a SIMD hide its latency.
-    ("gfx942", "combine"): Limit(40, programs=8),
-    ("gfx950", "combine"): Limit(40, programs=8),
+    # It reads once and writes once: eight waves a SIMD hide its latency; up to 64 registers do.
+    ("gfx942", "combine"): Limit(56, programs=8),
+    ("gfx950", "combine"): Limit(56, programs=8),
 }
 # Part of a binary's name, what is wrong with it, and why that stands.
 EXCEPTIONS = (
+    *(
+        (
+            f"gfx950-buffer-{case}",
+            "2 VGPRs spilled, 12 bytes of scratch",
+            "from the prologue to the epilogue; the loop has neither",
+        )
+        for case in ("int64-indices", "four-query-tokens", "ragged-query-tokens")
+    ),
     (
         "mask-of-rows",
         "LDS reads of 2 bytes or less",

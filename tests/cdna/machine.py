@@ -7,7 +7,6 @@ s_waitcnt has retired the load. Registers that nothing wrote must not be read.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -79,7 +78,7 @@ class Machine:
         self.stopped = np.zeros(n, bool)  # at a barrier
         self.ended = np.zeros(n, bool)
         self.code: list[Step | None] = [None] * len(kernel.instructions)
-        self.executed = Counter[str]()  # wave instructions by mnemonic
+        self.executed = np.zeros(len(kernel.instructions), i64)  # waves that ran each instruction
         self.group(np.ones(n, bool))
 
     def define(self, reg: int, values: Array | np.generic | None = None) -> None:
@@ -194,7 +193,7 @@ class Machine:
                 result = step()
             except Fault as fault:
                 raise type(fault)(f"{fault}\n  at `{i.text}`, instruction {pc}") from None
-            self.executed[i.mnemonic] += self.count
+            self.executed[pc] += self.count
             pc += 1
             if result is None:
                 continue
