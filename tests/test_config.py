@@ -138,7 +138,7 @@ def test_on_gfx942_an_fp8_cache_takes_tiles_that_do_not_spill() -> None:
     [
         ((), "", "cdna4, 64 rows × 64 keys: the table of gfx950"),
         ((), "portable", "portable, 64 rows × 32 keys: pinned"),
-        (("mask",), "", "portable, 64 rows × 32 keys: cdna4 lacks attn_mask"),
+        (("mask",), "", "portable, 64 rows × 32 keys: cdna4 lacks attn_mask of keys"),
     ],
 )
 def test_explain_says_which_kernel_a_gpu_runs_and_why(
@@ -150,7 +150,10 @@ def test_explain_says_which_kernel_a_gpu_runs_and_why(
     site = SimpleNamespace(
         latent=SimpleNamespace(key=SimpleNamespace(node=SimpleNamespace(meta={"val": value}))),
         dims={"Sq": 1, "N": 128, "Lkv": 512, "R": 64},
-        masks=masks,
+        masks=[SimpleNamespace(leaf=SimpleNamespace(labels=set())) for _ in masks],
+        queries=(),
+        heads=(),
+        paging=None,
     )
     assert report.kernel(site) == expected  # type: ignore[arg-type]
 

@@ -16,7 +16,11 @@ LAYERS = MODELS["deepseek_v3"].layers
 model = partial(build, "deepseek_v3")
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["dynamic-none", "dynamic-true"])
+@pytest.mark.parametrize(
+    "dynamic",
+    [None, pytest.param(True, marks=pytest.mark.extra)],
+    ids=["dynamic-none", "dynamic-true"],
+)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_layer_becomes_the_op(attention: str, cache: str, dynamic: bool | None) -> None:

@@ -89,7 +89,14 @@ def test_every_mla_layer_is_rewritten_or_refused_as_listed(name: str, case: Case
 
 
 # The template of most, one with an indexer, and a hybrid with linear attention.
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32", "kimi_linear"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v3",
+        pytest.param("deepseek_v32", marks=pytest.mark.extra),
+        pytest.param("kimi_linear", marks=pytest.mark.extra),
+    ],
+)
 @torch.no_grad()
 def test_generate_with_a_static_cache_takes_the_pass_by_enable(name: str) -> None:
     if why := missing(name):

@@ -99,7 +99,11 @@ def mutations(recorded: Recorded) -> Iterator[tuple[int, str, Instruction]]:
             yield at, f"{counter} waits", replace(i, modifiers=others)
 
 
-@pytest.mark.parametrize("shipped", LOOPS, ids=str)
+@pytest.mark.parametrize(
+    "shipped",
+    [pytest.param(x, marks=[pytest.mark.extra] if x.pinned else []) for x in LOOPS],
+    ids=str,
+)
 def test_a_missing_wait_or_barrier_is_noticed(
     shipped: Shipped, compiler: Compiler, pytestconfig: pytest.Config
 ) -> None:
