@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from unittest import mock
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -102,6 +103,8 @@ MATRIX = [
     for large in (False, True)
     if not (large and case in TABLE)  # the same code: see test_choice.py
 ]
+# Of the two binaries of a case one is for each `pytest`, both are for CI.
+CASES = [pytest.param(x, id=str(x), marks=[pytest.mark.extra] if x.large else []) for x in MATRIX]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import triton
 from tests.cdna.compiler import Compiler
 from tests.cdna.gate import Report, Shape, report
 from tests.cdna.limits import EXCEPTIONS, LIMITS, TRITON, breaches, judge
-from tests.cdna.shipped import MATRIX, Shipped, plan
+from tests.cdna.shipped import CASES, MATRIX, Shipped, plan
 
 
 @cache
@@ -20,7 +20,7 @@ def reports(shipped: Shipped, compiler: Compiler) -> list[Report]:
     return [report(r, compiler.submit(r).result()) for r in plan(shipped, compiler)]
 
 
-@pytest.mark.parametrize("shipped", MATRIX, ids=str)
+@pytest.mark.parametrize("shipped", CASES)
 def test_a_shipped_binary_passes_the_gate(shipped: Shipped, compiler: Compiler) -> None:
     for r in reports(shipped, compiler):
         wrong, _ = judge(str(shipped), r.problems(shipped.arch))
@@ -31,7 +31,7 @@ def test_a_shipped_binary_passes_the_gate(shipped: Shipped, compiler: Compiler) 
     not triton.__version__.startswith(TRITON),
     reason=f"golden limits are those of Triton {TRITON}, this is {triton.__version__}",
 )
-@pytest.mark.parametrize("shipped", MATRIX, ids=str)
+@pytest.mark.parametrize("shipped", CASES)
 def test_a_shipped_binary_keeps_its_golden_limits(shipped: Shipped, compiler: Compiler) -> None:
     for r in reports(shipped, compiler):
         assert not breaches(shipped.arch, r)

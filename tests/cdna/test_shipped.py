@@ -11,7 +11,7 @@ from mla_compile.kernels import decode
 from mla_compile.validate import validate
 from tests.cases import assert_right, outputs
 from tests.cdna.compiler import Compiler, Ran
-from tests.cdna.shipped import ARCHS, MATRIX, Shipped, launch, model, on, plan, problem_of
+from tests.cdna.shipped import ARCHS, CASES, Shipped, launch, model, on, plan, problem_of
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def compiling(compiler: Compiler, request: pytest.FixtureRequest) -> None:
         plan(shipped, compiler)
 
 
-@pytest.mark.parametrize("shipped", MATRIX, ids=str)
+@pytest.mark.parametrize("shipped", CASES)
 def test_a_shipped_binary_is_right(
     shipped: Shipped, compiler: Compiler, runs: Counter[Ran], compiling: None
 ) -> None:
