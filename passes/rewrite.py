@@ -19,6 +19,7 @@ from mla_compile.passes.graph import Size, dtype, equal, hint, shape
 from mla_compile.passes.indexing import Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
+DECODE = torch.ops.mla_compile.mla_decode.default
 Group = tuple[Label, ...]
 Labelled = tuple[Tensor, Group]  # one label per dimension
 
@@ -111,7 +112,11 @@ def traced(site: MLASite, inputs: list[Node]) -> Graph:
     def attention(*values: Tensor) -> tuple[Tensor, ...]:
         return Emitter(dict(zip(inputs, values, strict=True))).attention(site)
 
-    return make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
+    body = make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
+    for call in body.find_nodes(op="call_function", target=DECODE):
+        # Tracing drops what is at its default; AOTInductor miscounts such ints (pytorch#194261).
+        call.kwargs = {"max_seqlen_q": 1} | call.kwargs
+    return body
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class Emitter:
             else q_nope[..., :0]
         )
         attn_mask, mask_fill = self.mask(site)
-        out, lse = torch.ops.mla_compile.mla_decode(
+        out, lse = DECODE(
             unit_stride(q_nope),
             unit_stride(q_pe),
             kv_c,

@@ -71,6 +71,20 @@ def test_a_package_runs_at_every_exported_size(package: Path, Skv: int) -> None:
     assert [e.count for e in profile.key_averages() if e.key == "mla_compile::mla_decode"] == [1]
 
 
+class Call(nn.Module):
+    def forward(self, q: Tensor, kv_c: Tensor, lens: Tensor) -> Tensor:
+        tensors = q, q[..., :0], kv_c, kv_c[..., :0]
+        return mla_compile.mla_decode(*tensors, 0.2, seq_lens=lens, logit_cap=30.0)[0]
+
+
+def test_an_explicit_call_is_packaged_too(tmp_path: Path) -> None:
+    x = torch.randn(3, 4, 32), torch.randn(3, 20, 32), torch.tensor([1, 20, 7])
+    path = str(tmp_path / "call.pt2")
+    with torch.no_grad():
+        aoti_compile_and_package(export(Call(), x), package_path=path)
+    torch.testing.assert_close(aoti_load_package(path)(*x), Call()(*x))
+
+
 @pytest.mark.parametrize(
     "imports, accepted", [("mla_compile", True), ("torch", False)], ids=["with", "without"]
 )
