@@ -274,7 +274,7 @@ def rare(site: MLASite) -> str:
     """What `decode` says of the call's mask."""
     rows = frozenset((*site.queries, *site.heads))
     of_rows = any(x.size != 1 for mask in site.masks for x in mask.leaf.labels & rows)
-    if of_rows or (site.masks and site.paging):
+    if of_rows or (site.masks and (site.paging or site.causal)):
         return "attn_mask"
     return KEY_MASK if site.masks else ""
 

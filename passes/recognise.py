@@ -35,7 +35,7 @@ from mla_compile.passes.indexing import (
     squeeze,
     whole,
 )
-from mla_compile.passes.masks import check_masks, split_lengths
+from mla_compile.passes.masks import check_masks, split_causal, split_lengths
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
 from mla_compile.passes.score import cached, split_keys, split_score, uncapped
@@ -158,13 +158,15 @@ def described(
     heads = weight_rows((*latent.query, *weights), shared) if projected else frozenset()
     masked = frozenset().union(*(m.leaf.labels for m in masks))
     queries = shared - heads if heads else shared & masked
+    tokens = tuple(x for x in softmax.rows if x in queries)
     lengths, masks = split_lengths(masks, softmax, batch)
+    causal, masks = (False, masks) if lengths else split_causal(masks, softmax, tokens)
     found = MLASite(
         root=attention.root,
         out=tuple(d.label for entry in index for d in entry),
         rows=softmax.rows,
         batch=batch,
-        queries=tuple(x for x in softmax.rows if x in queries),
+        queries=tokens,
         heads=tuple(x for x in softmax.rows if x in shared - queries),
         time=softmax.time,
         latent=latent,
@@ -175,6 +177,7 @@ def described(
         value_scalars=value.scalars,
         masks=masks,
         lengths=lengths,
+        causal=causal,
         logit_cap=logit_cap,
         paging=find_paging(latent, rope, batch, softmax.time, masks),
         lse=attention.lse,

@@ -145,7 +145,7 @@ class Emitter:
             block_table=self.block_table(site),
             seq_lens=self.seq_lens(site),
             max_seqlen_q=span(site.queries),
-            causal=False,
+            causal=site.causal,
             attn_mask=attn_mask,
             mask_fill=None if mask_fill == float("-inf") else mask_fill,
             logit_cap=site.logit_cap,

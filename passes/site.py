@@ -183,6 +183,7 @@ class MLASite:
     value_scalars: tuple[Scalar, ...]
     masks: tuple[Mask, ...]
     lengths: Lengths | None
+    causal: bool  # query q sees the tokens up to Skv - Sq + q
     logit_cap: float
     paging: Paging | None
     lse: tuple[Node, ...]
@@ -230,7 +231,7 @@ class MLASite:
 
     @property
     def mask(self) -> str:
-        kinds = ["length"] if self.lengths else []
+        kinds = ["length"] * bool(self.lengths) + ["causal"] * self.causal
         kinds += ["bool" if m.fill is not None else "additive" for m in self.masks]
         return " + ".join(kinds) or "none"
 

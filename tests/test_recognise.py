@@ -26,7 +26,11 @@ from tests.spellings import (
     inputs,
     paged,
 )
-from tests.spellings.absorbed import deepseek_absorbed
+from tests.spellings.absorbed import (
+    absorbed_causal_positions,
+    absorbed_causal_triangle,
+    deepseek_absorbed,
+)
 from tests.spellings.expanded import expanded_sdpa_length_mask
 
 # Decode and two tokens at once, the three types, static and dynamic sizes.
@@ -187,6 +191,56 @@ def test_an_additive_and_a_boolean_mask_are_one_in_every_type() -> None:
         result, exact = compiled(x), masked_twice(inputs().to(torch.float64))
         assert compiled.misses == []
         assert error(result, exact) <= max(2 * error(masked_twice(x), exact), 1e-15)
+
+
+def causal(fill: float, late: int = 0) -> Callable[[Inputs], Tensor]:
+    """Query q sees the tokens up to Skv - Sq + q + late."""
+
+    def decode(x: Inputs) -> Tensor:
+        Sq, Skv = x.q_nope.shape[1], x.kv_c.shape[1]
+        past = torch.arange(Skv) <= torch.arange(Sq)[:, None] + (Skv - Sq + late)
+        s = absorbed_scores(x).masked_fill(~past[:, None], fill)
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c)
+
+    return decode
+
+
+def masks_of(spelling: Callable[[Inputs], Tensor], x: Inputs) -> tuple[str, bool]:
+    """What the pass makes of the mask, and whether the op is given one; the result is right."""
+    compiled = Compiled(spelling)
+    torch.testing.assert_close(compiled(x), spelling(x))
+    (site,) = compiled.sites
+    (call,) = [n for graph in compiled.graphs for n in graph.nodes if n.target is OP]
+    return site.mask, "attn_mask" in call.kwargs
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "spelling",
+    [causal(float("-inf")), causal(torch.finfo(torch.float32).min), absorbed_causal_triangle],
+    ids=["-inf", "finfo.min", "triangle"],
+)
+@torch.no_grad()
+def test_a_causal_mask_is_not_read(spelling: Callable[[Inputs], Tensor], dynamic: bool) -> None:
+    x = inputs(Sq=2)
+    assert masks_of(spelling, x.with_dynamic_sizes() if dynamic else x) == ("causal", False)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [causal(float("-inf"), -1), causal(float("-inf"), 1), absorbed_causal_positions],
+    ids=["one token less", "one token more", "from where the device says"],
+)
+@torch.no_grad()
+def test_a_mask_that_is_nearly_causal_is_read(spelling: Callable[[Inputs], Tensor]) -> None:
+    assert masks_of(spelling, inputs(Sq=3)) == ("bool", True)
+
+
+@torch.no_grad()
+def test_a_causal_mask_of_more_queries_than_tokens_is_read() -> None:
+    """With a finite fill the first queries, which see nothing, average over all tokens."""
+    x = inputs(Sq=5, Skv=4)
+    assert masks_of(causal(torch.finfo(torch.float32).min), x) == ("bool", True)
 
 
 @torch.no_grad()
