@@ -386,7 +386,14 @@ class Evaluator:
 
 
 def boolean(factor: Factor) -> Factor:
-    """A fill as low as torch writes a boolean mask for a fused call, which hides the token."""
-    if isinstance(factor, Mask) and factor.fill is not None and factor.fill <= FUSED_FILL:
+    """A fill with which torch writes a boolean mask for a fused call, which hides the token.
+
+    A lower one is the user's: where it hides all tokens of a row, their average is wanted.
+    """
+    if (
+        isinstance(factor, Mask)
+        and factor.fill is not None
+        and ABSORBING < factor.fill <= FUSED_FILL
+    ):
         return replace(factor, fill=float("-inf"))
     return factor

@@ -25,6 +25,7 @@ from mla_compile.kernels.config import (
     Config,
     choose,
     combine_blocks,
+    evenly,
     num_splits,
     pick,
     tuned_arch,
@@ -153,6 +154,7 @@ def test_explain_says_which_kernel_a_gpu_runs_and_why(
         masks=[SimpleNamespace(leaf=SimpleNamespace(labels=set())) for _ in masks],
         queries=(),
         heads=(),
+        causal=False,
         paging=None,
     )
     assert report.kernel(site) == expected  # type: ignore[arg-type]
@@ -198,6 +200,15 @@ def test_num_splits_on_amd_at_batch_128(arch: str, units: int, heads: int, expec
     programs, tiles = 128 * -(-heads // config.block_m), 4096 // config.block_n
     at_once = units * config.per_unit
     assert num_splits(programs, tiles, at_once, config.stream, config.combine) == expected
+
+
+@pytest.mark.parametrize(
+    ("B", "context", "expected"),
+    [(2, 4096, False), (4, 4096, False), (2, 8192, False), (8, 4096, True), (128, 512, True)],
+)
+def test_a_schedule_is_for_programs_of_many_tiles(B: int, context: int, expected: bool) -> None:
+    assert evenly(GLUON["sm90"][0], 2 * B, context // 64, H200) is expected
+    assert not evenly(HALF["sm90"][-1], 2 * B, context // 64, H200)
 
 
 def test_num_splits_never_exceeds_tiles_or_the_limit() -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, Node
 
 from mla_compile.passes import rewrite
+from mla_compile.passes.graph import FUSED_ATTENTION
 from mla_compile.passes.inductor import MLAPass
 from mla_compile.passes.site import MLASite, Reason
 from tests.compiling import NAIVE, OP, Compiled, error
@@ -241,6 +243,22 @@ def test_a_causal_mask_of_more_queries_than_tokens_is_read() -> None:
     """With a finite fill the first queries, which see nothing, average over all tokens."""
     x = inputs(Sq=5, Skv=4)
     assert masks_of(causal(torch.finfo(torch.float32).min), x) == ("bool", True)
+
+
+@torch.no_grad()
+def test_a_fused_call_whose_finite_mask_hides_all_tokens_averages_over_them() -> None:
+    def decode(x: Inputs) -> Tensor:
+        q, k, v = (t[..., : x.P] for t in expand(x))  # as wide as the values: fused on a CPU too
+        low = torch.finfo(q.dtype).min
+        bias = q.new_zeros(3, 1, 1, k.shape[2]).masked_fill(~x.visible[:, None, None], low)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=SCALE)
+
+    x = inputs()
+    x.lens[0] = 0
+    compiled = Compiled(decode)
+    torch.testing.assert_close(compiled(x), decode(x))
+    assert compiled.count(OP) == 1
+    assert all(site.softmax.target in FUSED_ATTENTION for site in compiled.sites)
 
 
 @torch.no_grad()

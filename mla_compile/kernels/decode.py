@@ -27,6 +27,7 @@ from mla_compile.kernels.config import (
     ceil_pow2,
     choose,
     combine_blocks,
+    evenly,
     num_splits,
     tuned_arch,
     workspace_numel,
@@ -189,13 +190,13 @@ def make_plan(
     if config is None:
         config, _ = configure(call)
     row_blocks = -(-dims.Sq * dims.N // config.block_m)
-    secret = cache.lens is not None and 1 < dims.B <= MAX_EVEN  # lengths that may differ
-    if splits is None and config.persistent and secret and call.mask is None:
-        return _evenly(call, config, out_strides, workspace, units)
     if splits is None:
-        tiles = -(-cache.typical_len // config.block_n)
+        programs, tiles = dims.B * row_blocks, -(-cache.typical_len // config.block_n)
+        secret = cache.lens is not None and 1 < dims.B <= MAX_EVEN  # lengths that may differ
+        if secret and call.mask is None and evenly(config, programs, tiles, units):
+            return _evenly(call, config, out_strides, workspace, units)
         at_once = units * config.per_unit
-        splits = num_splits(dims.B * row_blocks, tiles, at_once, config.stream, config.combine)
+        splits = num_splits(programs, tiles, at_once, config.stream, config.combine)
     items = row_blocks * splits * dims.B
     programs = min(items, units) if config.persistent and call.mask is None else items
     if splits == 1:
