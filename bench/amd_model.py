@@ -34,7 +34,8 @@ from bench.common import RESULTS, provenance, table, write
 from bench.cu import GPUS, Gpu, Step, Traffic, clocks, resident, steps, watching
 from mla_compile.kernels import decode
 from mla_compile.kernels.combine import combine_kernel
-from mla_compile.kernels.config import choose, num_splits, tuned_arch
+from mla_compile.kernels.config import choose, evenly, num_splits, tuned_arch
+from mla_compile.kernels.schedule import CUT, OVERHEAD
 from mla_compile.validate import validate
 from tests.cases import Case, build, outputs
 from tests.cdna.asm import parse
@@ -89,6 +90,32 @@ def seconds(gpu: Gpu, tiles: Tiles, shape: Shape, splits: int) -> float:
         partials = 8 * shape.B * shape.N * splits * LKV  # written and read, fp32
         time += partials / (gpu.hbm * 1e12) + LAUNCH + splits * tiles.merge
     return time
+
+
+def scheduled(gpu: Gpu, tiles: Tiles, shape: Shape) -> float:
+    """Sequences of one length, shared out as kernels.schedule does it."""
+    row_blocks = -(-shape.N // tiles.block_m)
+    groups = gpu.units * tiles.resident // row_blocks
+    each = -(-shape.Skv // tiles.block_n)
+    cost = each + OVERHEAD.value
+    share, rounds = -(-shape.B * cost // groups), -(-shape.B // groups)
+    cut = rounds * cost > share + CUT.value
+    most = 0.0  # clocks of the program that has most to do
+    parts = 0
+    for group in range(groups):
+        lo, hi = group * share, (group + 1) * share
+        begin, end = (lo // cost, -(-hi // cost)) if cut else (0, rounds)
+        work = 0.0
+        for b in range(begin, min(end, shape.B)):
+            first = b * cost + OVERHEAD.value
+            mine = min(first + each, hi) - max(first, lo) if cut else each
+            work += tiles.prologue + max(mine, 0) * tiles.clocks[-1]
+            parts += cut
+        most = max(most, work)
+    time = most / (gpu.ghz * 1e9 * gpu.efficiency)
+    from_l2 = 2 * shape.B * row_blocks * each * tiles.block_n * (LKV + R)
+    time = max(time, shape.bytes / (gpu.hbm * 1e12), from_l2 / (gpu.l2 * 1e12))
+    return time + 8 * parts * row_blocks * tiles.block_m * LKV / (gpu.hbm * 1e12) + LAUNCH
 
 
 @dataclass(frozen=True)
@@ -214,10 +241,11 @@ def on(arch: str, kernel: str | None) -> Iterator[None]:
 
 @cache
 def our_tiles(
-    compiler: Compiler, arch: str, kernel: str | None, N: int, page: int, split: bool
+    compiler: Compiler, arch: str, kernel: str | None, N: int, page: int, split: bool, even: bool
 ) -> Tiles:
     torch.manual_seed(0)
-    problem = build(Case("model", lens=(330,), N=N, Lkv=LKV, R=R, page_size=page))
+    lens = (330,) * (1 + even)
+    problem = build(Case("model", lens=lens, N=N, Lkv=LKV, R=R, page_size=page))
     out, lse = outputs(problem)
     call = validate(*problem.args, **problem.options)
     recorded: list[Recorded] = []
@@ -231,7 +259,12 @@ def our_tiles(
         mock.patch.object(decode, "_stage1", stage1),
         mock.patch.object(decode, "combine_kernel", Recorded(combine_kernel, arch, compiler)),
     ):
-        decode.launch(call, out, lse, 2 if split else 1)
+        if even:  # on a GPU so small that they are many tiles
+            key, _ = decode._device(call.q_nope.device)
+            with mock.patch.object(decode, "_device", lambda _: (key, 2)):
+                decode.launch(call, out, lse)
+        else:
+            decode.launch(call, out, lse, 2 if split else 1)
     return recorded[0].tiles
 
 
@@ -253,14 +286,16 @@ def our_row(
         tiles = -(-shape.Skv // config.block_n)
         at_once = gpu.units * config.per_unit
         splits = num_splits(programs, tiles, at_once, config.stream, config.combine)
-        ours = our_tiles(compiler, arch, pinned, shape.N, page, splits > 1)
-    return row(arch, config.kernel, shape, page, ours, splits)
+        even = shape.B > 1 and evenly(config, programs, tiles, at_once)
+        ours = our_tiles(compiler, arch, pinned, shape.N, page, splits > 1, even)
+    return row(arch, config.kernel, shape, page, ours, 0 if even else splits)
 
 
 def row(
     arch: str, kernel: str, shape: Shape, page: int | None, tiles: Tiles, splits: int
 ) -> dict[str, Any]:
-    time = seconds(GPUS[arch], tiles, shape, splits)
+    gpu = GPUS[arch]
+    time = seconds(gpu, tiles, shape, splits) if splits else scheduled(gpu, tiles, shape)
     return {
         "arch": arch,
         "kernel": kernel,
@@ -268,7 +303,7 @@ def row(
         "heads": shape.N,
         "context": shape.Skv,
         "page": page,
-        "splits": splits,
+        "splits": splits or "even",
         "resident": tiles.resident,
         "clocks": tiles.clocks[-1],
         "µs": time * 1e6,

@@ -14,7 +14,8 @@ TOP_LEVEL = {"LICENSE", "README.md", "bench", "mla_compile", "passes", "pyprojec
 ORDER = """
 dims paged contents validate reference
 kernels.config kernels.split kernels.combine
-kernels.cdna kernels.cdna3 kernels.cdna4 kernels.schedule kernels.hopper kernels.gather kernels.sm90
+kernels.cdna kernels.schedule kernels.walk kernels.cdna3 kernels.cdna4
+kernels.hopper kernels.gather kernels.sm90
 kernels.launch kernels.decode ops
 passes.graph passes.indexing passes.views passes.site passes.softmax
 passes.normal_form passes.masks passes.paging passes.score passes.recognise

@@ -13,6 +13,7 @@ sequence's table entries start). A tile's `at` is its keys' positions and their 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the second name
 LKV: gl.constexpr = gl.constexpr(512)
 R: gl.constexpr = gl.constexpr(64)
 WIDE: gl.constexpr = gl.constexpr(8)  # elements of 16 bytes, the widest access there is
@@ -63,27 +64,24 @@ def padded(rows, width, every, by):
 
 
 @gluon.jit
-def claim(
-    starts_ptr,
-    lens_ptr,
-    qo_indptr_ptr,
-    max_seqlen_q,
-    page_size,
-    num_splits,
-    num_programs,
-    N: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-):
-    """This program's block and keys."""
-    # Programs are dealt to the XCDs in turn; what shares keys is to share an L2.
+def dealt(num_programs):
+    """This program's place. Programs are dealt to the XCDs in turn; what shares keys is to share an
+    L2."""
     pid = gl.program_id(0)
     xcd = pid % XCDS
-    pid = xcd * (num_programs // XCDS) + gl.minimum(xcd, num_programs % XCDS) + pid // XCDS
-    lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
-    return item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N)
+    return xcd * (num_programs // XCDS) + gl.minimum(xcd, num_programs % XCDS) + pid // XCDS
+
+
+@gluon.jit
+def uniform(x):
+    """A scalar that the compiler takes for one of each lane: what vectors are reduced to, and what
+    is loaded after something was stored."""
+    if x.dtype == gl.int64:
+        high = uniform((x >> 32).to(gl.int32)).to(gl.int64)
+        return high << 32 | uniform(x.to(gl.int32)).to(gl.uint32).to(gl.int64)
+    return gl.inline_asm_elementwise(
+        "v_readfirstlane_b32 $0, $1", "=s,v", [x], dtype=x.dtype, is_pure=True, pack=1
+    )
 
 
 @gluon.jit

@@ -11,8 +11,8 @@ from triton.experimental.gluon.language.amd.cdna4 import async_copy
 
 import mla_compile.kernels.cdna as cdna
 from mla_compile.kernels.cdna import LKV, LOG2E, LOWEST, WIDE, R
+from mla_compile.kernels.walk import walk
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the second name
 # LLVM up to Triton 3.7 counts direct-to-LDS loads among LDS accesses, and so waits too little for
 # LDS reads before them (llvm-project#179305; the emulator found it). So no read may come before.
 MISCOUNTS: gl.constexpr = gl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
@@ -24,47 +24,16 @@ def fence(x):
     gl.inline_asm_elementwise("", "=s,0", [x], dtype=x.dtype, is_pure=False, pack=1)
 
 
-@gluon.jit(do_not_specialize=["page_size", "num_splits", "num_programs", "stride_table"])
-def cdna4_kernel(
-    q_nope_ptr,  # [T, N, LKV]
-    q_pe_ptr,  # [T, N, R]
-    kv_c_ptr,  # [pages, page_size, LKV]
-    k_pe_ptr,  # [pages, page_size, R]
-    out_ptr,  # [T, N, LKV], or fp32 [T, N, num_splits, LKV] if SPLIT
-    lse_ptr,  # [T, N], or (m, l) as [T, N, num_splits, 2] if SPLIT
-    table_ptr,  # None: sequence b owns page b
-    starts_ptr,  # [B+1] of a CSR table, else None
-    lens_ptr,  # [B], or None: page_size tokens each
-    qo_indptr_ptr,  # [B+1], or None: max_seqlen_q tokens each
-    mask_ptr,  # None, as the scales: a call with one goes to `split`
-    q_scale_ptr,
-    k_scale_ptr,
-    sm_scale,
-    max_seqlen_q,
-    page_size,
-    num_splits,
-    num_programs,
-    stride_qt,
-    stride_qn,
-    stride_pt,
-    stride_pn,
-    stride_cp,
-    stride_cs,
-    stride_kp,
-    stride_ks,
-    stride_ot,
-    stride_on,
-    stride_os,
-    stride_table,
-    N: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,  # page_size, or 0 where no table is read
-    CAUSAL: gl.constexpr,
-    SPLIT: gl.constexpr,  # the KV is split: write what `combine` merges
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-):
+@gluon.jit
+def _attend(block, keys, queries, caches, sm_scale, CALL: gl.constexpr):
+    """Output, maxima and sums of a block that has keys."""
+    N: gl.constexpr = CALL[1]
+    PAGE_SIZE: gl.constexpr = CALL[2]
+    CAUSAL: gl.constexpr = CALL[3]
+    BLOCK_M: gl.constexpr = CALL[5]
+    BLOCK_N: gl.constexpr = CALL[6]
     W: gl.constexpr = gl.num_warps()
-    DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = caches[0].dtype.element_ty
     C: gl.constexpr = cdna.tile_layout(LKV, W)  # of kv_c, in memory
     E: gl.constexpr = cdna.tile_layout(R, W)  # of k_pe, in memory
     S: gl.constexpr = cdna.score_layout(4, BLOCK_M, W)  # of scores
@@ -76,33 +45,14 @@ def cdna4_kernel(
     P: gl.constexpr = gl.DotOperandLayout(0, A, WIDE)
     V: gl.constexpr = gl.DotOperandLayout(1, A, WIDE)
 
-    block, keys = cdna.claim(
-        starts_ptr,
-        lens_ptr,
-        qo_indptr_ptr,
-        max_seqlen_q,
-        page_size,
-        num_splits,
-        num_programs,
-        N,
-        PAGE_SIZE,
-        CAUSAL,
-        BLOCK_M,
-        BLOCK_N,
-    )
-    lo, hi, _, b, entry = keys
+    lo, hi, _, b, _ = keys
+    q_nope_ptr, q_pe_ptr, q_strides = queries
+    stride_qt, stride_qn, stride_pt, stride_pn = q_strides
+    kv_c_ptr, k_pe_ptr, table_ptr, kv_strides = caches
+    stride_cp, stride_cs, stride_kp, stride_ks = kv_strides
     m_i = gl.full([BLOCK_M], LOWEST, gl.float32, layout=ROWS)
     l_i = cdna.wave_sums(gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S), WAVES)
     acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=A)
-    out_strides = (stride_ot, stride_on, stride_os)
-    if hi <= lo:
-        cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
-        none = gl.zeros_like(m_i)
-        cdna.store_sums(lse_ptr, m_i, none, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
-        return
-    if PAGE_SIZE > 0:
-        table_ptr += b * stride_table if starts_ptr is None else entry
-
     q_nope = cdna.load_query(q_nope_ptr, block, stride_qt, stride_qn, N, BLOCK_M, LKV, Q)
     q_pe = cdna.load_query(q_pe_ptr, block, stride_pt, stride_pn, N, BLOCK_M, R, Q)
     qk_scale = sm_scale * LOG2E
@@ -137,7 +87,7 @@ def cdna4_kernel(
     now = 0
     for start in range(lo, hi, BLOCK_N):
         async_copy.wait_group(0)
-        barrier()
+        cdna.barrier()
         at_c = cdna.positions(start + BLOCK_N, hi, BLOCK_N, C), entries_c
         kv = cdna.tile_at(kv_c_ptr, at_c, b, stride_cp, stride_cs, PAGE_SIZE, LKV, C)
         at_e = cdna.positions(start + BLOCK_N, hi, BLOCK_N, E), entries_e
@@ -158,7 +108,7 @@ def cdna4_kernel(
         p, alpha, m_i, l_i = cdna.softmax(s, m_i, l_i, qk_scale, max_smem, WAVES)
         p_smem.store(p.to(DTYPE))
         row_smem.store(alpha)
-        barrier()
+        cdna.barrier()
         entries_c = cdna.entries_of(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, C)
         entries_e = cdna.entries_of(table_ptr, start + 2 * BLOCK_N, hi, PAGE_SIZE, BLOCK_N, E)
         acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
@@ -167,9 +117,63 @@ def cdna4_kernel(
         now = 1 - now
     async_copy.wait_group(0)
 
-    block = cdna.anew(block)
     total = gl.convert_layout(gl.sum(l_i, 1), ROWS)
     row_smem.store(1.0 / gl.where(total > 0, total, 1.0))
     acc *= row_smem.load(gl.SliceLayout(1, A))[:, None]
-    cdna.store_out(out_ptr, acc, block, out_strides, N, BLOCK_M, A)
-    cdna.store_sums(lse_ptr, m_i, total, block, num_splits, N, SPLIT, BLOCK_M, ROWS)
+    return acc, m_i, total
+
+
+@gluon.jit(
+    do_not_specialize=["page_size", "num_splits", "num_programs", "num_items", "stride_table"]
+)
+def cdna4_kernel(
+    q_nope_ptr,  # [T, N, LKV]
+    q_pe_ptr,  # [T, N, R]
+    kv_c_ptr,  # [pages, page_size, LKV]
+    k_pe_ptr,  # [pages, page_size, R]
+    out_ptr,  # [T, N, LKV], or fp32 [T, N, num_splits, LKV] if SPLIT
+    lse_ptr,  # [T, N], or (m, l) as [T, N, num_splits, 2] if SPLIT
+    table_ptr,  # None: sequence b owns page b
+    starts_ptr,  # [B+1] of a CSR table, else None
+    lens_ptr,  # [B], or None: page_size tokens each
+    qo_indptr_ptr,  # [B+1], or None: max_seqlen_q tokens each
+    mask_ptr,  # None, as the scales: a call with one goes to `split`
+    q_scale_ptr,
+    k_scale_ptr,
+    part_out_ptr,  # fp32 [2 * groups, row blocks, BLOCK_M, LKV] of a `schedule`, else None
+    part_ml_ptr,  # (m, l) as [2 * groups, row blocks, BLOCK_M, 2], then `schedule`'s cuts
+    sm_scale,
+    max_seqlen_q,
+    page_size,
+    num_splits,
+    num_programs,
+    num_items,
+    stride_qt,
+    stride_qn,
+    stride_pt,
+    stride_pn,
+    stride_cp,
+    stride_cs,
+    stride_kp,
+    stride_ks,
+    stride_ot,
+    stride_on,
+    stride_os,
+    stride_table,
+    N: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,  # page_size, or 0 where no table is read
+    CAUSAL: gl.constexpr,
+    SPLIT: gl.constexpr,  # the KV is split: write what `combine` merges
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_B: gl.constexpr,  # a power of two, from `num_items` on where that counts sequences
+):
+    queries = (q_nope_ptr, q_pe_ptr, (stride_qt, stride_qn, stride_pt, stride_pn))
+    strides = (stride_cp, stride_cs, stride_kp, stride_ks)
+    caches = (kv_c_ptr, k_pe_ptr, table_ptr, strides, stride_table)
+    lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
+    outs = (out_ptr, part_out_ptr, (stride_ot, stride_on, stride_os))
+    sums = (lse_ptr, part_ml_ptr)
+    sizes = (num_splits, num_programs, num_items)
+    CALL: gl.constexpr = (4, N, PAGE_SIZE, CAUSAL, SPLIT, BLOCK_M, BLOCK_N, BLOCK_B)
+    walk(_attend, queries, caches, lengths, outs, sums, sizes, sm_scale, CALL)

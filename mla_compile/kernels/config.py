@@ -21,9 +21,9 @@ class Config:
     per_unit: int = 1  # programs a compute unit holds at once
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
     combine: float = 1 / 60  # tile-times of a program's partials, written and read back
-    # As many programs as units, each taking one item after another, by a `schedule` if need be.
-    persistent: bool = False
-    even_from: int = 0  # tiles of a program from which on a `schedule` saves more than it costs
+    persistent: bool = False  # as many programs as units, each taking one item after another
+    # Tiles of a program from which on a `schedule` saves more than it costs; None: there is none.
+    even_from: int | None = None
     covers: tuple[str, ...] = ()  # rare features it has, which other Gluon kernels lack
     least: tuple[int, int] = (0, 0)  # not for so few rows with fewer keys than that in the batch
     table_stage: bool = False  # a stage is for the page table: without one, one stage less
@@ -123,6 +123,7 @@ HALF: dict[str, tuple[Config, ...]] = {
 # Gluon kernels; clocks of a tile in the same model. 32 rows took as long as 64, 128 spill. Those of
 # 16 rows wait for HBM.
 _CDNA3_16 = Config(
+    even_from=4,
     block_m=16,
     block_n=16,
     num_warps=2,
@@ -134,13 +135,17 @@ _CDNA3_16 = Config(
 )
 # 256 registers are where a third program fits: 4.1 K clocks for three at once, 87 a key; 32 keys of
 # 4 waves 101 a key.
-_CDNA3_16_DENSE = replace(_CDNA3_16, per_unit=3, options=(*_FUSED, ("waves_per_eu", 2)))
-_CDNA3_64 = Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", options=_ILP)
+_CDNA3_16_DENSE = replace(  # under a schedule a register would be spilled in the loop
+    _CDNA3_16, per_unit=3, even_from=None, options=(*_FUSED, ("waves_per_eu", 2))
+)
+_CDNA3_64 = Config(block_m=64, block_n=32, num_warps=8, kernel="cdna3", even_from=4, options=_ILP)
 _CDNA4_16 = replace(
     _CDNA3_16, block_n=32, kernel="cdna4", stream=1 / 290, combine=1 / 160, options=_ILP
 )
 # Two tiles are 158 of 160 KB LDS.
-_CDNA4_64 = Config(block_m=64, block_n=64, num_warps=8, kernel="cdna4", options=_ILP_UNIFIED)
+_CDNA4_64 = Config(
+    block_m=64, block_n=64, num_warps=8, kernel="cdna4", even_from=4, options=_ILP_UNIFIED
+)
 GLUON: dict[str, tuple[Config, ...]] = {
     "sm90": (
         Config(
@@ -305,7 +310,7 @@ def num_splits(
 
 def evenly(config: Config, programs: int, tiles: int, units: int) -> bool:
     """Whether lengths that only the device knows are shared out there, by a `schedule`."""
-    return config.persistent and programs * tiles >= config.even_from * units
+    return config.even_from is not None and programs * tiles >= config.even_from * units
 
 
 def ceil_pow2(n: int) -> int:

@@ -192,10 +192,10 @@ def make_plan(
     row_blocks = -(-dims.Sq * dims.N // config.block_m)
     if splits is None:
         programs, tiles = dims.B * row_blocks, -(-cache.typical_len // config.block_n)
-        secret = cache.lens is not None and 1 < dims.B <= MAX_EVEN  # lengths that may differ
-        if secret and call.mask is None and evenly(config, programs, tiles, units):
-            return _evenly(call, config, out_strides, workspace, units)
         at_once = units * config.per_unit
+        secret = cache.lens is not None and 1 < dims.B <= MAX_EVEN  # lengths that may differ
+        if secret and call.mask is None and evenly(config, programs, tiles, at_once):
+            return _evenly(call, config, out_strides, workspace, at_once)
         splits = num_splits(programs, tiles, at_once, config.stream, config.combine)
     items = row_blocks * splits * dims.B
     programs = min(items, units) if config.persistent and call.mask is None else items
@@ -217,12 +217,12 @@ def _evenly(
     config: Config,
     out_strides: tuple[int, ...],
     workspace: Tensor | None,
-    units: int,
+    at_once: int,  # programs
 ) -> Plan:
     """By the lengths that only the device knows: see `schedule`."""
     dims = call.dims
     row_blocks = -(-dims.Sq * dims.N // config.block_m)
-    groups = max(units // row_blocks, 1)
+    groups = max(at_once // row_blocks, 1)
     slots, slot_rows = 2 * groups, row_blocks * config.block_m
     part_ml = slots * slot_rows * dims.Lkv
     needed = part_ml + 2 * slots * slot_rows + 2 * dims.B
@@ -362,7 +362,7 @@ def _split(
             "CAUSAL": call.causal,
             "MASK_ROWS": _mask_rows(call),
             "SPLIT": splits > 1,
-            "BLOCK_B": max(32, ceil_pow2(dims.B)),
+            "BLOCK_B": max(64, ceil_pow2(dims.B)),
             "ALIKE": cache.kv_c.stride()[:2] == cache.k_pe.stride()[:2],
             "RELOAD_V": config.reload_v,
             "BLOCK_M": config.block_m,

@@ -34,22 +34,18 @@ FADE_TIES: gl.constexpr = gl.constexpr(",".join(["=f"] * 32 + [*map(str, range(3
 
 @gluon.jit
 def item(i, key_begin, work, CALL):
-    """Block and keys number i. By a schedule a block ends in the slot of its part, -1 if whole."""
-    _, stop, _ = work[0]
-    block, keys = cdna.item(i, work[1], work[2], CALL[0], CALL[1], CALL[2], ROWS, KEYS)
-    lo, hi, kv_len, b, entry = keys
+    """Block and keys number i."""
+    N: gl.constexpr = CALL[0]
+    PAGE_SIZE: gl.constexpr = CALL[1]
+    CAUSAL: gl.constexpr = CALL[2]
     if CALL[3] == "even":
-        row_blocks = gl.cdiv(work[2][3] * CALL[0], ROWS)
-        key_end = gl.where(i + row_blocks >= stop, work[3], schedule.NEVER)
-        slot = gl.program_id(0) // row_blocks * 2
-        part = gl.where(key_begin > 0, slot, gl.where(key_end < kv_len, slot + 1, -1))
-        block = (block[0], block[1], block[2], part)
-        lo = key_begin
-        hi = gl.minimum(hi, key_end)
+        pid = gl.program_id(0)
+        block, keys = schedule.item(i, key_begin, pid, work, N, PAGE_SIZE, CAUSAL, ROWS, KEYS)
+    else:
+        block, keys = cdna.item(i, work[1], work[2], N, PAGE_SIZE, CAUSAL, ROWS, KEYS)
     if CALL[3] == "masked":
-        lo = key_begin
-        hi = work[3]
-    return block, (lo, hi, kv_len, b, entry)
+        keys = (key_begin, work[3], keys[2], keys[3], keys[4])
+    return block, keys
 
 
 @gluon.jit

@@ -33,13 +33,15 @@ def _at(index, values, b):
 
 
 @gluon.jit
-def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS, BLOCK_B):
+def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS, BLOCK_B, LANES):
     """(first sequence, their end, step), (first key of the first, end key of the last).
 
     To `cut_ptr`, [B, 2], go the parts of each sequence that begins in the stretch, 0 if it is not
     cut, and the slot of the first.
     """
-    ALL: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [4], [0])  # each warp has all
+    ALL: gl.constexpr = gl.BlockedLayout(  # each warp has all
+        [BLOCK_B // LANES], [LANES], [gl.num_warps()], [0]
+    )
     index = gl.arange(0, BLOCK_B, layout=ALL)
     real = index < num_sequences
     length, _ = cdna.key_count(gl.minimum(index, num_sequences - 1), lengths, PAGE_SIZE)
@@ -72,3 +74,51 @@ def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS,
     gl.store(cut_ptr + 2 * index, parts.to(gl.float32), mask=mine)
     gl.store(cut_ptr + 2 * index + 1, (2 * group + 1 + 0 * index).to(gl.float32), mask=mine)
     return (begin, stop, step), (key_begin, key_end)
+
+
+@gluon.jit
+def share(
+    pid, programs, lengths, num_sequences, part_ml_ptr, N, PAGE_SIZE, ROWS, KEYS, BLOCK_B, LANES
+):
+    """A program's items (first, end, step), and (first key of the first, end key of the last)."""
+    row_blocks = gl.cdiv(lengths[3] * N, ROWS)
+    group = pid // row_blocks
+    cut_ptr = part_ml_ptr + programs * (4 * ROWS)
+    sequences, ends = stretch(
+        lengths,
+        num_sequences,
+        group,
+        programs // row_blocks,
+        cut_ptr,
+        PAGE_SIZE,
+        KEYS,
+        BLOCK_B,
+        LANES,
+    )
+    begin, stop, step = sequences
+    return (begin * row_blocks + pid % row_blocks, stop * row_blocks, step * row_blocks), ends
+
+
+@gluon.jit
+def item(i, key_begin, pid, work, N, PAGE_SIZE, CAUSAL, ROWS, KEYS):
+    """Block and keys number i of a stretch. The block ends in the slot of its part, -1 if whole."""
+    block, keys = cdna.item(i, work[1], work[2], N, PAGE_SIZE, CAUSAL, ROWS, KEYS)
+    _, hi, kv_len, b, entry = keys
+    row_blocks = gl.cdiv(work[2][3] * N, ROWS)
+    key_end = gl.where(i + row_blocks >= work[0][1], work[3], NEVER)
+    slot = pid // row_blocks * 2
+    part = gl.where(key_begin > 0, slot, gl.where(key_end < kv_len, slot + 1, -1))
+    keys = (key_begin, gl.minimum(hi, key_end), kv_len, b, entry)
+    return (block[0], block[1], block[2], part), keys
+
+
+@gluon.jit
+def alone(block):
+    """The rows of a block counted from the first of its sequence, as parts have them."""
+    return block[0], block[1] * 0, block[2], block[2] * 0
+
+
+@gluon.jit
+def part_at(ptr, block, max_seqlen_q, N, ROWS, WIDTH):
+    """Where the slot of a block's part begins, of WIDTH numbers a row."""
+    return ptr + block[3] * (gl.cdiv(max_seqlen_q * N, ROWS) * ROWS * WIDTH)

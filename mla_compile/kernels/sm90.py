@@ -155,14 +155,8 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
         elif block[3] < 0:
             cdna.store_sums(lse_ptr, m_i, l_i, block, 1, N, False, ROWS, ROW)
         else:
-            part = part_ml_ptr + block[3] * (gl.cdiv(work[2][3] * N, ROWS) * ROWS * 2)
-            cdna.store_sums(part, m_i, l_i, _alone(block), 1, N, True, ROWS, ROW)
-
-
-@gluon.jit
-def _alone(block):
-    """The rows of a block counted from the first of its sequence, as parts have them."""
-    return block[0], block[1] * 0, block[2], block[2] * 0
+            part = schedule.part_at(part_ml_ptr, block, work[2][3], N, ROWS, 2)
+            cdna.store_sums(part, m_i, l_i, schedule.alone(block), 1, N, True, ROWS, ROW)
 
 
 @gluon.jit
@@ -215,9 +209,10 @@ def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.con
             cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
             cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
         else:
-            part = part_out_ptr + block[3] * (gl.cdiv(work[2][3] * N, ROWS) * ROWS * LKV)
-            cdna.store_out(part, acc0, _alone(block), (N * LKV, LKV, 0), N, ROWS, A)
-            cdna.store_out(part + PART, acc1, _alone(block), (N * LKV, LKV, 0), N, ROWS, A)
+            part = schedule.part_at(part_out_ptr, block, work[2][3], N, ROWS, LKV)
+            alone = schedule.alone(block)
+            cdna.store_out(part, acc0, alone, (N * LKV, LKV, 0), N, ROWS, A)
+            cdna.store_out(part + PART, acc1, alone, (N * LKV, LKV, 0), N, ROWS, A)
 
 
 @gluon.jit
@@ -319,14 +314,9 @@ def sm90_kernel(
         "even" if part_out_ptr is not None else "masked" if mask_ptr is not None else "splits"
     )
     if MODE == "even":
-        row_blocks = gl.cdiv(max_seqlen_q * N, ROWS)
-        groups = programs // row_blocks
-        cut_ptr = part_ml_ptr + programs * (4 * ROWS)
-        stretch, ends = schedule.stretch(
-            lengths, num_items, pid // row_blocks, groups, cut_ptr, PAGE_SIZE, KEYS, BLOCK_B
+        items, ends = schedule.share(
+            pid, programs, lengths, num_items, part_ml_ptr, N, PAGE_SIZE, ROWS, KEYS, BLOCK_B, 32
         )
-        begin, stop, step = stretch
-        items = (begin * row_blocks + pid % row_blocks, stop * row_blocks, step * row_blocks)
         work = (items, num_splits, lengths, ends[1], ends[0])
         outs = (out_ptr, part_out_ptr), (out_ptr + HALF, part_out_ptr + HALF)
     elif MODE == "masked":

@@ -196,6 +196,7 @@ TABLE: dict[str, tuple[str, str, Fn]] = {
     # integers
     "v_add_u32": ("u", "uu", np.add),
     "v_sub_u32": ("u", "uu", np.subtract),
+    "v_sub_u32 clamp": ("u", "uu", lambda x, y: x - np.minimum(x, y)),
     "v_subrev_u32": ("u", "uu", lambda x, y: y - x),
     "v_add_i32": ("u", "uu", np.add),
     "v_sub_i32": ("u", "uu", np.subtract),

@@ -34,11 +34,13 @@ class Shape:
     kv_bytes: int  # of the cache
     reload_v: bool
     waves: int
+    even: bool = False  # by a `schedule`
 
     def __str__(self) -> str:
         tile = f"{self.kernel} {self.block_m}x{self.block_n}"
         fp8 = " fp8" if self.kv_bytes == 1 else ""
-        return f"{tile}{fp8}{' fp32' * (self.bytes == 4)}{f' L{self.L}' * (self.L != 512)}"
+        wide = f"{' fp32' * (self.bytes == 4)}{f' L{self.L}' * (self.L != 512)}"
+        return f"{tile}{fp8}{wide}{' evenly' * self.even}"
 
     @classmethod
     def of(cls, request: Request, binary: Binary) -> Shape:
@@ -57,6 +59,7 @@ class Shape:
             BYTES.get(cache.dtype, 1),
             bool(given.get("RELOAD_V")),
             binary.waves,
+            given.get("part_out_ptr") is not None,
         )
 
     def matrix_instructions(self, arch: str) -> dict[str, int]:
@@ -101,6 +104,7 @@ class Report:
     matrix: dict[str, int]  # instructions of one turn of the hot loop, by shape
     loads: dict[int, int]  # the same for loads, by bytes of a lane
     narrow: int  # the same for LDS reads of 2 bytes or less
+    reloads: int  # the same for accesses to scratch, where spilled registers lie
     expected_matrix: dict[str, int]
     expected_wide: range
 
@@ -109,6 +113,8 @@ class Report:
         found = []
         if self.vgpr_spills or self.scratch:
             found.append(f"{self.vgpr_spills} VGPRs spilled, {self.scratch} bytes of scratch")
+        if self.reloads:
+            found.append(f"{self.reloads} accesses to scratch in the loop")
         if self.lds > LDS_LIMIT[arch]:
             found.append(f"{self.lds} bytes of LDS, {arch} has {LDS_LIMIT[arch]}")
         if self.matrix != self.expected_matrix:
@@ -124,12 +130,12 @@ class Report:
 def report(request: Request, binary: Binary) -> Report:
     kernel = parse(binary.asm)
     r = kernel.resources
-    combine = request.kernel[1] == "combine_kernel"
-    shape = None if combine else Shape.of(request, binary)
+    name = request.kernel[1].removesuffix("_kernel")
+    shape = None if name.startswith("combine") else Shape.of(request, binary)
     programs = programs_per_unit(request.arch, kernel, binary)
     loop = [] if shape is None else kernel.body(kernel.hot_loop)
     return Report(
-        name="combine" if shape is None else str(shape),
+        name=name if shape is None else str(shape),
         vgprs=r.vgprs,
         agprs=r.agprs,
         vgpr_spills=r.vgpr_spills,
@@ -141,6 +147,7 @@ def report(request: Request, binary: Binary) -> Report:
         matrix=Counter(_shape(i) for i in loop if i.mnemonic.startswith("v_mfma")),
         loads=Counter(w for i in loop if (w := _load_width(i))),
         narrow=sum(i.mnemonic.startswith(("ds_read_u", "ds_read_i")) for i in loop),
+        reloads=sum(i.mnemonic.startswith("scratch_") for i in loop),
         expected_matrix={} if shape is None else shape.matrix_instructions(request.arch),
         expected_wide=range(1) if shape is None else shape.wide_loads(),
     )

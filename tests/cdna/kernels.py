@@ -18,6 +18,7 @@ from tests.cdna.compiler import LARGE, Binary, Compiler, Pointer, Ran, Request
 from tests.cdna.launch import Argument, Buffer, launch
 
 WRITTEN = ("out_ptr", "lse_ptr")  # every other pointer is read-only
+PARTS = ("part_out_ptr", "part_ml_ptr")  # but for these in stage 1
 FORMATS = {"fp32": "f", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "i1": "?"}
 
 
@@ -77,13 +78,14 @@ def execute(
     """Run a binary, or an altered kernel in its place, on tensors; count its wave instructions."""
     memories: dict[int, np.ndarray[Any, Any]] = {}
     arguments: list[Argument] = []
+    written = WRITTEN + PARTS if "q_nope_ptr" in values else WRITTEN
     for name, kind in binary.parameters:
         value = values[name]
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             memory = memories.setdefault(storage.data_ptr(), _bytes(storage))
             offset = value.data_ptr() - storage.data_ptr()
-            arguments.append(Buffer(memory, offset, name in WRITTEN))
+            arguments.append(Buffer(memory, offset, name in written))
         else:
             arguments.append((FORMATS[kind], value))
     kernel = kernel or parse(binary.asm)

@@ -27,6 +27,9 @@ LIMITS = {
     ("gfx950", "cdna4 16x32"): Limit(264, programs=2),
     # Ragged queries and 64-bit pages are what spills.
     ("gfx950", "cdna4 64x64"): Limit(256, sgpr_spills=7),
+    ("gfx942", "cdna3 64x32 evenly"): Limit(256, sgpr_spills=2),
+    ("gfx950", "cdna4 16x32 evenly"): Limit(272, programs=2, sgpr_spills=12),
+    ("gfx950", "cdna4 64x64 evenly"): Limit(256, sgpr_spills=16),
     ("gfx942", "split 16x16"): Limit(200, programs=2),
     ("gfx942", "split 64x32"): Limit(376, sgpr_spills=6),
     # One program of two waves a unit: its two tiles of K and of V are 140 of 160 KB LDS.
@@ -44,9 +47,16 @@ LIMITS = {
     # It reads once and writes once: eight waves a SIMD hide its latency; up to 64 registers do.
     ("gfx942", "combine"): Limit(56, programs=8),
     ("gfx950", "combine"): Limit(56, programs=8),
+    ("gfx942", "combine_rows"): Limit(64, programs=4),
+    ("gfx950", "combine_rows"): Limit(64, programs=4),
 }
 # Part of a binary's name, what is wrong with it, and why that stands.
 EXCEPTIONS = (
+    (
+        "-evenly",
+        "VGPRs spilled",
+        "what the blocks of a stretch share; the loop over the tiles has none",
+    ),
     *(
         (
             f"gfx950-buffer-{case}",

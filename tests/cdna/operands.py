@@ -98,7 +98,7 @@ def result(m: Machine, i: Instruction, kind: str) -> Callable[[Array], None]:
     scale = f32(int(i.modifiers["mul"])) if "mul" in i.modifiers else f32(1)
     scale = f32(0.5) if "div" in i.modifiers else scale
     clamp = "clamp" in i.modifiers
-    if clamp and kind != "f":
+    if clamp and kind != "f" and i.mnemonic != "v_sub_u32":
         raise Unknown(f"clamp of integers: {i.text}")
     place = _placement(m, i, reg)
     lane_mask = lanes.dpp_mask(m, i) if "dpp" in i.encoding else None
@@ -106,7 +106,7 @@ def result(m: Machine, i: Instruction, kind: str) -> Callable[[Array], None]:
     def write(x: Array) -> None:
         if scale != 1:
             x = x * scale
-        if clamp:
+        if clamp and kind == "f":
             x = np.where(np.isnan(x), f32(0), np.clip(x, f32(0), f32(1)))
         if kind == "h":
             bits = to_f16(x)

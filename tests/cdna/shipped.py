@@ -24,8 +24,8 @@ import triton
 from torch import Tensor
 
 from mla_compile.kernels import decode
-from mla_compile.kernels.combine import combine_kernel
-from mla_compile.kernels.config import tuned_arch, workspace_numel
+from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
+from mla_compile.kernels.config import MANY_ROWS, tuned_arch, workspace_numel
 from mla_compile.validate import validate
 from tests.cases import Case, Problem, build, outputs
 from tests.cdna.compiler import Compiler, Ran, Request
@@ -65,6 +65,17 @@ TABLE = [  # of the kernel the table picks
     model("four query tokens", queries=4, lens=(33, 2, 70), num_kv_splits=2),
     model("ragged query tokens", queries=(3, 4, 0, 1), lens=(33, 3, 0, 70), N=24),
 ]
+EVEN = [  # lengths shared out by a `schedule`, as on a GPU where these are many tiles a program
+    model("evenly, 64 heads", N=64, lens=(517, 0, 1, 63, 64, 65)),
+    model("evenly, 16 heads", lens=(517, 0, 1, 300, 15)),
+    model("evenly, 128 heads, pages of 64", N=128, page_size=64, lens=(517, 0, 130)),
+    model("evenly, ragged query tokens", queries=(3, 4, 0, 1), lens=(333, 3, 0, 170), N=24),
+    model("evenly, block table", N=40, paging="table", page_size=16, lens=(200, 300), queries=2),
+    model("evenly, dense, fp16", paging="dense", dtype=torch.float16, N=64, lens=(200, 517)),
+    model("evenly, none cut", N=64, lens=(130,) * 6),
+    model("evenly, rows together", N=64, lens=(300, 170, 300)),
+]
+FEW_UNITS = 3
 PORTABLE = [  # calls with something that only the portable kernel has
     model("bool mask of keys", mask="holes", lens=(33, 130)),
     model("bool mask of keys, 128 heads", mask="length", N=128, lens=(33, 70), num_kv_splits=2),
@@ -97,11 +108,11 @@ class Shipped:
 
 MATRIX = [
     Shipped(arch, large, pinned, case)
-    for pinned, cases in (("", BOTH + TABLE + PORTABLE), ("portable", BOTH))
+    for pinned, cases in (("", BOTH + TABLE + EVEN + PORTABLE), ("portable", BOTH))
     for case in cases
     for arch in ARCHS
     for large in (False, True)
-    if not (large and case in TABLE)  # the same code: see test_choice.py
+    if not (large and case in TABLE + EVEN)  # the same code: see test_choice.py
 ]
 # Of the two binaries of a case one is for each `pytest`, both are for CI.
 CASES = [pytest.param(x, id=str(x), marks=[pytest.mark.extra] if x.large else []) for x in MATRIX]
@@ -120,10 +131,14 @@ def on(
     def emulated(kernel: object) -> Emulated:
         return Emulated(kernel, shipped.arch, compiler, shipped.large, planned, runs)
 
-    device = tuned_arch(shipped.arch, triton.__version__), UNITS[shipped.arch]
+    units = FEW_UNITS if shipped.case in EVEN else UNITS[shipped.arch]
+    device = tuned_arch(shipped.arch, triton.__version__), units
+    many_rows = 0 if shipped.case.name.endswith("rows together") else MANY_ROWS
     with (
         mock.patch.object(decode, "_stage1", lambda name: emulated(stage1(name))),
         mock.patch.object(decode, "combine_kernel", emulated(combine_kernel)),
+        mock.patch.object(decode, "combine_rows_kernel", emulated(combine_rows_kernel)),
+        mock.patch.object(decode, "MANY_ROWS", many_rows),
         mock.patch.object(decode, "_device", lambda _: device),
         mock.patch.dict(os.environ, {"MLA_COMPILE_KERNEL": shipped.pinned}),
     ):

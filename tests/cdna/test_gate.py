@@ -64,6 +64,7 @@ GOOD = Report(
     matrix={"16x16x16": 136},
     loads={16: 9},
     narrow=0,
+    reloads=0,
     expected_matrix={"16x16x16": 136},
     expected_wide=range(9, 10),
 )
@@ -79,6 +80,7 @@ GOOD = Report(
         ({"matrix": {"32x32x8": 34}}, "expected"),
         ({"loads": {16: 8, 8: 2}}, "8 loads of 16 bytes, not 9 to 9"),
         ({"narrow": 1}, "1 LDS reads of 2 bytes"),
+        ({"reloads": 1}, "1 accesses to scratch in the loop"),
     ],
 )
 def test_the_gate_says_what_is_wrong(change: dict[str, object], said: str) -> None:

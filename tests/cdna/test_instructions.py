@@ -68,6 +68,8 @@ VECTOR = [  # text, v0, v1, v2 -> v3
     ("v_add_f32_e32 v3, v0, v1", ONE, TWO, 0, bits(3.0)),
     ("v_sub_f32_e64 v3, v0, |v1|", ONE, bits(-2.0), 0, bits(-1.0)),
     ("v_add_f32_e64 v3, v0, -v1 clamp", ONE, TWO, 0, 0),
+    ("v_sub_u32_e64 v3, v0, v1 clamp", 7, 9, 0, 0),
+    ("v_sub_u32_e64 v3, v0, v1 clamp", 9, 7, 0, 2),
     ("v_mul_f32_e64 v3, v0, v1 mul:2", TWO, TWO, 0, bits(8.0)),
     ("v_mul_f32_e64 v3, v0, v1 div:2", TWO, TWO, 0, bits(2.0)),
     ("v_fma_f32 v3, v0, v1, -v2", bits(1 + 2**-23), bits(1 + 2**-23), ONE, bits(2**-22 + 2**-46)),

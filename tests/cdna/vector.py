@@ -47,7 +47,10 @@ def build(m: Machine, i: Instruction) -> Step | None:
 
 def _arithmetic(m: Machine, i: Instruction) -> Step:
     accumulates = i.mnemonic in ACCUMULATES
-    kind, kinds, fn = (ACCUMULATES if accumulates else TABLE)[i.mnemonic]
+    clamped = f"{i.mnemonic} clamp" in TABLE and "clamp" in i.modifiers
+    kind, kinds, fn = (
+        ACCUMULATES[i.mnemonic] if accumulates else TABLE[i.mnemonic + " clamp" * clamped]
+    )
     count = len(kinds) - accumulates
     if len(i.operands) != count + 1:
         raise Unknown(f"expected {count + 1} operands: {i.text}")
