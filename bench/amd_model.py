@@ -3,8 +3,9 @@
 Each binary is compiled as the host code launches it, executed in the emulator, and its hot loop put
 through the issue model of bench.cu. A kernel then takes
 
-    rounds × (PROLOGUE + tiles × clocks) / (GHz × efficiency), or longer if HBM or L2 need longer,
-    and where the KV is split the combine's traffic and launch
+    (PROLOGUE + tiles × clocks) / (GHz × efficiency) for each block that the busiest unit gets, or
+    longer if HBM or L2 need longer, and where the KV is split or lengths are shared out evenly the
+    combine's traffic and launch
 
 `efficiency` is one number an arch, fitted to published measurements of other kernels; how far the
 model is from each of those stands in the first table. It says nothing of times below some 50 µs,
@@ -17,12 +18,14 @@ python -m bench.amd_model --path peer.s --arch gfx950 --tile 64 64 --waves 4 --l
 from __future__ import annotations
 
 import argparse
+import heapq
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +33,7 @@ from unittest import mock
 import torch
 import triton
 
+from bench.case import LENGTHS
 from bench.common import RESULTS, provenance, table, write
 from bench.cu import GPUS, Gpu, Step, Traffic, clocks, resident, steps, watching
 from mla_compile.kernels import decode
@@ -64,28 +68,36 @@ class Tiles:
 class Shape:
     B: int
     N: int
-    Skv: int
+    Skv: int  # of the longest sequence
+    lengths: str = "even"  # as in bench.case
+
+    @property
+    def lens(self) -> list[int]:
+        return LENGTHS[self.lengths](self.B, self.Skv)
 
     @property
     def flops(self) -> int:
         """Two contractions over Lkv + R and Lkv, 2 FLOPs a multiply-add."""
-        return 2 * self.B * self.N * self.Skv * (LKV + R + LKV)
+        return 2 * self.N * sum(self.lens) * (LKV + R + LKV)
 
     @property
     def bytes(self) -> int:
         """Every cached token's 576 numbers once."""
-        return 2 * self.B * self.Skv * (LKV + R)
+        return 2 * sum(self.lens) * (LKV + R)
 
 
 def seconds(gpu: Gpu, tiles: Tiles, shape: Shape, splits: int) -> float:
-    programs = shape.B * -(-shape.N // tiles.block_m) * splits
-    each = -(-shape.Skv // (splits * tiles.block_n))
+    """Programs are dealt in their order, each to the unit that is free first."""
+    row_blocks = -(-shape.N // tiles.block_m)
+    programs = shape.B * row_blocks * splits
     sharing = min(tiles.resident, -(-programs // gpu.units))
-    rounds = -(-programs // (gpu.units * sharing))
-    work = rounds * (tiles.prologue + each * tiles.clocks[sharing - 1])
-    time = work / (gpu.ghz * 1e9 * gpu.efficiency)
-    from_l2 = 2 * programs * each * tiles.block_n * (LKV + R)
-    time = max(time, shape.bytes / (gpu.hbm * 1e12), from_l2 / (gpu.l2 * 1e12))
+    each = [-(-n // (splits * tiles.block_n)) for n in shape.lens]
+    free = [0.0] * (gpu.units * sharing)
+    for n in each:
+        for _ in range(row_blocks * splits):
+            heapq.heapreplace(free, free[0] + tiles.prologue + n * tiles.clocks[sharing - 1])
+    time = max(free) / (gpu.ghz * 1e9 * gpu.efficiency)
+    time = max(time, _memory(gpu, tiles, shape, row_blocks * splits * sum(each)))
     if splits > 1:
         partials = 8 * shape.B * shape.N * splits * LKV  # written and read, fp32
         time += partials / (gpu.hbm * 1e12) + LAUNCH + splits * tiles.merge
@@ -93,29 +105,34 @@ def seconds(gpu: Gpu, tiles: Tiles, shape: Shape, splits: int) -> float:
 
 
 def scheduled(gpu: Gpu, tiles: Tiles, shape: Shape) -> float:
-    """Sequences of one length, shared out as kernels.schedule does it."""
+    """Shared out by kernels.schedule."""
     row_blocks = -(-shape.N // tiles.block_m)
     groups = gpu.units * tiles.resident // row_blocks
-    each = -(-shape.Skv // tiles.block_n)
-    cost = each + OVERHEAD.value
-    share, rounds = -(-shape.B * cost // groups), -(-shape.B // groups)
-    cut = rounds * cost > share + CUT.value
-    most = 0.0  # clocks of the program that has most to do
+    begin, cut = OVERHEAD.value, CUT.value
+    each = [-(-n // tiles.block_n) for n in shape.lens]
+    ends = list(accumulate(n + begin for n in each))
+    share, rounds = -(-ends[-1] // groups), -(-shape.B // groups)
+    work = [0.0] * groups
     parts = 0
-    for group in range(groups):
-        lo, hi = group * share, (group + 1) * share
-        begin, end = (lo // cost, -(-hi // cost)) if cut else (0, rounds)
-        work = 0.0
-        for b in range(begin, min(end, shape.B)):
-            first = b * cost + OVERHEAD.value
-            mine = min(first + each, hi) - max(first, lo) if cut else each
-            work += tiles.prologue + max(mine, 0) * tiles.clocks[-1]
-            parts += cut
-        most = max(most, work)
-    time = most / (gpu.ghz * 1e9 * gpu.efficiency)
-    from_l2 = 2 * shape.B * row_blocks * each * tiles.block_n * (LKV + R)
-    time = max(time, shape.bytes / (gpu.hbm * 1e12), from_l2 / (gpu.l2 * 1e12))
+    if rounds * (max(each) + begin) <= share + cut:
+        for b, n in enumerate(each):
+            work[b % groups] += tiles.prologue + n * tiles.clocks[-1]
+    else:
+        for n, end in zip(each, ends, strict=True):
+            of_groups = range((end - n) // share, (end - 1) // share + 1)
+            parts += len(of_groups) * (len(of_groups) > 1)
+            for group in of_groups:
+                mine = min(end, (group + 1) * share) - max(end - n, group * share)
+                work[group] += tiles.prologue + mine * tiles.clocks[-1]
+    time = max(work) / (gpu.ghz * 1e9 * gpu.efficiency)
+    time = max(time, _memory(gpu, tiles, shape, row_blocks * sum(each)))
     return time + 8 * parts * row_blocks * tiles.block_m * LKV / (gpu.hbm * 1e12) + LAUNCH
+
+
+def _memory(gpu: Gpu, tiles: Tiles, shape: Shape, loaded: int) -> float:
+    """Seconds that HBM or L2 need, for so many tiles loaded."""
+    from_l2 = 2 * loaded * tiles.block_n * (LKV + R)
+    return max(shape.bytes / (gpu.hbm * 1e12), from_l2 / (gpu.l2 * 1e12))
 
 
 @dataclass(frozen=True)
@@ -269,8 +286,9 @@ def our_tiles(
 
 
 def our_row(
-    compiler: Compiler, arch: str, pinned: str | None, shape: Shape, page: int
+    compiler: Compiler, arch: str, pinned: str | None, shape: Shape, page: int, whole: bool = False
 ) -> dict[str, Any]:
+    """`whole`: as if called with num_kv_splits=1."""
     gpu = GPUS[arch]
     with on(arch, pinned):
         config, _ = choose(
@@ -283,10 +301,11 @@ def our_row(
             pinned=pinned,
         )
         programs = shape.B * -(-shape.N // config.block_m)
-        tiles = -(-shape.Skv // config.block_n)
+        tiles = -(-sum(shape.lens) // shape.B // config.block_n)
         at_once = gpu.units * config.per_unit
         splits = num_splits(programs, tiles, at_once, config.stream, config.combine)
-        even = shape.B > 1 and evenly(config, programs, tiles, at_once)
+        splits = 1 if whole else splits
+        even = not whole and shape.B > 1 and evenly(config, programs, tiles, at_once)
         ours = our_tiles(compiler, arch, pinned, shape.N, page, splits > 1, even)
     return row(arch, config.kernel, shape, page, ours, 0 if even else splits)
 
@@ -302,6 +321,7 @@ def row(
         "batch": shape.B,
         "heads": shape.N,
         "context": shape.Skv,
+        "lengths": shape.lengths,
         "page": page,
         "splits": splits or "even",
         "resident": tiles.resident,
@@ -317,6 +337,7 @@ SHAPES = [
     *[(Shape(128, 16, Skv), page) for page in (1, 64) for Skv in (1024, 4096, 8192)],
     *[(Shape(1, N, Skv), 1) for N in (128, 16) for Skv in (4096, 32768)],
 ]
+RAGGED = [Shape(64, 128, 32768, "log-uniform"), Shape(128, 128, 32768, "one long")]
 
 
 def peer(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -355,10 +376,13 @@ def main() -> None:
     else:
         compiler = Compiler(Path(tempfile.mkdtemp()))
         rows = [
-            our_row(compiler, arch, pinned, shape, page)
+            our_row(compiler, arch, pinned, shape, page, whole)
             for arch in args.archs
             for pinned in args.kernel
-            for shape, page in SHAPES
+            for shape, page, whole in [
+                *((*x, False) for x in SHAPES),
+                *((shape, 1, whole) for shape in RAGGED for whole in (False, True)),
+            ]
         ]
         compiler.close()
     print("\nModelled, not measured: " + ", ".join(f"{a} as {n}" for a, n in NAMES.items()))

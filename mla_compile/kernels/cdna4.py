@@ -45,11 +45,13 @@ def _attend(block, keys, queries, caches, sm_scale, CALL: gl.constexpr):
     P: gl.constexpr = gl.DotOperandLayout(0, A, WIDE)
     V: gl.constexpr = gl.DotOperandLayout(1, A, WIDE)
 
-    lo, hi, _, b, _ = keys
+    lo, hi, _, b, entry = keys
     q_nope_ptr, q_pe_ptr, q_strides = queries
     stride_qt, stride_qn, stride_pt, stride_pn = q_strides
-    kv_c_ptr, k_pe_ptr, table_ptr, kv_strides = caches
-    stride_cp, stride_cs, stride_kp, stride_ks = kv_strides
+    kv_c_ptr, k_pe_ptr, table_ptr, starts_ptr, kv_strides = caches
+    stride_cp, stride_cs, stride_kp, stride_ks, stride_table = kv_strides
+    if PAGE_SIZE > 0:
+        table_ptr += b * stride_table if starts_ptr is None else entry
     m_i = gl.full([BLOCK_M], LOWEST, gl.float32, layout=ROWS)
     l_i = cdna.wave_sums(gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=S), WAVES)
     acc = gl.zeros([BLOCK_M, LKV], gl.float32, layout=A)
@@ -169,8 +171,8 @@ def cdna4_kernel(
     BLOCK_B: gl.constexpr,  # a power of two, from `num_items` on where that counts sequences
 ):
     queries = (q_nope_ptr, q_pe_ptr, (stride_qt, stride_qn, stride_pt, stride_pn))
-    strides = (stride_cp, stride_cs, stride_kp, stride_ks)
-    caches = (kv_c_ptr, k_pe_ptr, table_ptr, strides, stride_table)
+    strides = (stride_cp, stride_cs, stride_kp, stride_ks, stride_table)
+    caches = (kv_c_ptr, k_pe_ptr, table_ptr, starts_ptr, strides)
     lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
     outs = (out_ptr, part_out_ptr, (stride_ot, stride_on, stride_os))
     sums = (lse_ptr, part_ml_ptr)

@@ -16,29 +16,28 @@ LANES: gl.constexpr = gl.constexpr(64)
 
 
 @gluon.jit
-def _table_of(caches, starts_ptr, keys, PAGE_SIZE):
-    """The caches with the table of one sequence."""
-    kv_c_ptr, k_pe_ptr, table_ptr, strides, stride_table = caches
-    if PAGE_SIZE > 0:
-        table_ptr += keys[3] * stride_table if starts_ptr is None else keys[4]
-    return kv_c_ptr, k_pe_ptr, table_ptr, strides
-
-
-@gluon.jit
 def _store(outs, sums, out, m_i, l_i, block, max_seqlen_q, N, BLOCK_M, ROW: gl.constexpr):
     """A block's rows, to the output where it is whole, else to the slot of its part."""
     out_ptr, part_out_ptr, strides = outs
     lse_ptr, part_ml_ptr = sums
     A: gl.constexpr = out.type.layout
     if block[3] < 0:
-        cdna.store_out(out_ptr, out, block, strides, N, BLOCK_M, A)
         cdna.store_sums(lse_ptr, m_i, l_i, block, 1, N, False, BLOCK_M, ROW)
+        cdna.store_out(out_ptr, out, block, strides, N, BLOCK_M, A)
     else:
         alone = schedule.alone(block)
-        part = schedule.part_at(part_out_ptr, block, max_seqlen_q, N, BLOCK_M, LKV)
-        cdna.store_out(part, out, alone, (N * LKV, LKV, 0), N, BLOCK_M, A)
         part = schedule.part_at(part_ml_ptr, block, max_seqlen_q, N, BLOCK_M, 2)
         cdna.store_sums(part, m_i, l_i, alone, 1, N, True, BLOCK_M, ROW)
+        part = schedule.part_at(part_out_ptr, block, max_seqlen_q, N, BLOCK_M, LKV)
+        cdna.store_out(part, out, alone, (N * LKV, LKV, 0), N, BLOCK_M, A)
+
+
+@gluon.jit
+def _uniform(block, keys):
+    row, q_start, sq, part = block
+    lo, hi, kv_len, b, entry = keys
+    block = row, cdna.uniform(q_start), cdna.uniform(sq), cdna.uniform(part)
+    return block, (lo, cdna.uniform(hi), cdna.uniform(kv_len), b, cdna.uniform(entry))
 
 
 @gluon.jit
@@ -54,6 +53,7 @@ def walk(ATTEND, queries, caches, lengths, outs, sums, sizes, sm_scale, CALL: gl
     out_ptr, part_out_ptr, strides = outs
     lse_ptr, part_ml_ptr = sums
     num_splits, num_programs, num_items = sizes
+    max_seqlen_q = lengths[3]
     pid = cdna.dealt(num_programs)
     if part_out_ptr is None:
         block, keys = cdna.item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N)
@@ -64,8 +64,7 @@ def walk(ATTEND, queries, caches, lengths, outs, sums, sizes, sm_scale, CALL: gl
             m_i = none + LOWEST
             cdna.store_sums(lse_ptr, m_i, none, block, num_splits, N, SPLIT, BLOCK_M, ROW)
             return
-        of_sequence = _table_of(caches, lengths[0], keys, PAGE_SIZE)
-        out, m_i, l_i = ATTEND(block, keys, queries, of_sequence, sm_scale, CALL)
+        out, m_i, l_i = ATTEND(block, keys, queries, caches, sm_scale, CALL)
         block = cdna.anew(block)
         ORDERED: gl.constexpr = out.type.layout
         cdna.store_out(out_ptr, out, block, strides, N, BLOCK_M, ORDERED)
@@ -92,22 +91,14 @@ def walk(ATTEND, queries, caches, lengths, outs, sums, sizes, sm_scale, CALL: gl
             block, keys = schedule.item(
                 i, key_begin, pid, work, N, PAGE_SIZE, CAUSAL, BLOCK_M, BLOCK_N
             )
+            block, keys = _uniform(block, keys)
             key_begin = 0
-            block = (
-                block[0],
-                cdna.uniform(block[1]),
-                cdna.uniform(block[2]),
-                cdna.uniform(block[3]),
-            )
-            lo, hi, kv_len, b, entry = keys
-            keys = (lo, cdna.uniform(hi), cdna.uniform(kv_len), b, cdna.uniform(entry))
             if keys[0] < keys[1]:
                 cdna.barrier()  # the tiles' LDS may still be read for the block before
-                of_sequence = _table_of(caches, lengths[0], keys, PAGE_SIZE)
-                out, m_i, l_i = ATTEND(block, keys, queries, of_sequence, sm_scale, CALL)
+                out, m_i, l_i = ATTEND(block, keys, queries, caches, sm_scale, CALL)
                 block = cdna.anew(block)
-                _store(outs, sums, out, m_i, l_i, block, lengths[3], N, BLOCK_M, ROW)
+                _store(outs, sums, out, m_i, l_i, block, max_seqlen_q, N, BLOCK_M, ROW)
             else:
                 none = gl.zeros([BLOCK_M], gl.float32, layout=ROW)
                 zeros = gl.zeros([BLOCK_M, LKV], gl.float32, layout=A)
-                _store(outs, sums, zeros, none + LOWEST, none, block, lengths[3], N, BLOCK_M, ROW)
+                _store(outs, sums, zeros, none + LOWEST, none, block, max_seqlen_q, N, BLOCK_M, ROW)
