@@ -208,6 +208,7 @@ def test_num_splits_on_amd_at_batch_128(arch: str, units: int, heads: int, expec
 )
 def test_a_schedule_is_for_programs_of_many_tiles(B: int, context: int, expected: bool) -> None:
     assert evenly(GLUON["sm90"][0], 2 * B, context // 64, H200) is expected
+    assert evenly(GLUON["gfx950"][1], 2 * B, context // 64, 132) is expected
     assert not evenly(HALF["sm90"][-1], 2 * B, context // 64, H200)
 
 

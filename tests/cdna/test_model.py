@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import amd_model
-from bench.amd_model import POINTS, Shape, Tiles, calibration, seconds
+from bench.amd_model import LAUNCH, POINTS, Shape, Tiles, calibration, scheduled, seconds
 from bench.cu import BRANCH, GPUS, Step, clocks, lds_clocks, mfma_clocks
 
 MI300X, MI355X = GPUS["gfx942"], GPUS["gfx950"]
@@ -133,3 +133,23 @@ def test_a_peer_is_modelled_from_its_assembly(
     amd_model.main()
     printed = capsys.readouterr().out
     assert "Modelled, not measured" in printed and "peer" in printed
+
+
+TILE = Tiles(64, 64, 1, (5000.0,))
+
+
+def test_sequences_that_fill_whole_rounds_are_not_cut_only_another_kernel_runs() -> None:
+    shape = Shape(128, 128, 4096)  # 256 blocks for 256 units
+    assert scheduled(MI355X, TILE, shape) == pytest.approx(seconds(MI355X, TILE, shape, 1) + LAUNCH)
+
+
+def test_units_that_would_be_idle_get_their_share() -> None:
+    shape = Shape(128, 128, 8192)  # 256 blocks for 304 units
+    assert scheduled(MI300X, TILE, shape) < 0.95 * seconds(MI300X, TILE, shape, 1)
+
+
+def test_a_long_sequence_among_short_ones_is_shared_out() -> None:
+    shape = Shape(128, 128, 32768, "one long")
+    spread = Shape(128, 128, sum(shape.lens) // 128)
+    assert scheduled(MI355X, TILE, shape) < 2 * scheduled(MI355X, TILE, spread)
+    assert scheduled(MI355X, TILE, shape) < seconds(MI355X, TILE, shape, 1) / 10
