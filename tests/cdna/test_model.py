@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,8 @@ def test_sequences_that_fill_whole_rounds_are_not_cut_only_another_kernel_runs()
 
 def test_units_that_would_be_idle_get_their_share() -> None:
     shape = Shape(128, 128, 8192)  # 256 blocks for 304 units
-    assert scheduled(MI300X, TILE, shape) < 0.95 * seconds(MI300X, TILE, shape, 1)
+    gpu = replace(MI300X, hbm=1000.0)  # to which parts are nothing
+    assert scheduled(gpu, TILE, shape) < 0.9 * seconds(gpu, TILE, shape, 1)
 
 
 def test_a_long_sequence_among_short_ones_is_shared_out() -> None:
