@@ -132,7 +132,9 @@ def affine(value: Any, index: Index, axes: tuple[tuple[Label, ...], ...]) -> Aff
         a, b = (
             affine(x, broadcast(x, leaf.index) if is_tensor(x) else (), axes) for x in node.args
         )
-        return a and b and a.plus(b, -1 if node.target is aten.sub.Tensor else 1)
+        total = a and b and a.plus(b, -1 if node.target is aten.sub.Tensor else 1)
+        if total is not None:
+            return total
     if node.target is prims.iota.default and argument(node, "step") == 1:
         start, entry = argument(node, "start"), leaf.index[0]
         if not entry:

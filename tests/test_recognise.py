@@ -239,6 +239,16 @@ def test_a_mask_that_is_nearly_causal_is_read(spelling: Callable[[Inputs], Tenso
 
 
 @torch.no_grad()
+def test_a_length_may_be_a_difference_of_tensors() -> None:
+    def decode(x: Inputs) -> Tensor:
+        seen = torch.arange(x.kv_c.shape[1]) - 1 < (x.lens - x.lens // 2)[:, None]
+        s = absorbed_scores(x).masked_fill(~seen[:, None, None], float("-inf"))
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c)
+
+    assert masks_of(decode, inputs()) == ("length", False)
+
+
+@torch.no_grad()
 def test_a_causal_mask_of_more_queries_than_tokens_is_read() -> None:
     """With a finite fill the first queries, which see nothing, average over all tokens."""
     x = inputs(Sq=5, Skv=4)

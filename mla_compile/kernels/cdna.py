@@ -74,8 +74,8 @@ def dealt(num_programs):
 
 @gluon.jit
 def uniform(x):
-    """A scalar that the compiler takes for one of each lane: what vectors are reduced to, and what
-    is loaded after something was stored."""
+    """A scalar, in a scalar register. The compiler takes what a vector is reduced to, or what is
+    loaded after a store, for one of each lane."""
     if x.dtype == gl.int64:
         high = uniform((x >> 32).to(gl.int32)).to(gl.int64)
         return high << 32 | uniform(x.to(gl.int32)).to(gl.uint32).to(gl.int64)

@@ -42,6 +42,7 @@ def _uniform(block, keys):
 
 @gluon.jit
 def walk(ATTEND, queries, caches, lengths, outs, sums, sizes, sm_scale, CALL: gl.constexpr):
+    """All of a program's blocks. ATTEND gives output, maxima and sums of one that has keys."""
     N: gl.constexpr = CALL[1]
     PAGE_SIZE: gl.constexpr = CALL[2]
     CAUSAL: gl.constexpr = CALL[3]
