@@ -206,7 +206,7 @@ def mla_decode(
     `options` are those of `torch.ops.mla_compile.mla_decode`: paging by kv_indptr, kv_indices and
     kv_last_page_lens, by block_table and seq_lens, or dense; qo_indptr and max_seqlen_q; causal;
     attn_mask and mask_fill; logit_cap; q_scale and k_scale; num_kv_splits, equally many for each
-    sequence, None to choose: on Hopper by the lengths, so that all SMs have as many tokens.
+    sequence, None to choose: on Hopper and CDNA by the lengths, so that all units have as much.
 
     >>> q, cache = torch.randn(2, 4, 48), torch.randn(2, 100, 48)  # 2 sequences of 100 tokens
     >>> out, lse = mla_decode(q[..., :32], q[..., 32:], cache[..., :32], cache[..., 32:], 0.1)

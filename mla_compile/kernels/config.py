@@ -123,12 +123,12 @@ HALF: dict[str, tuple[Config, ...]] = {
 # Gluon kernels; clocks of a tile in the same model. 32 rows took as long as 64, 128 spill. Those of
 # 16 rows wait for HBM.
 _CDNA3_16 = Config(
-    even_from=4,
     block_m=16,
     block_n=16,
     num_warps=2,
     kernel="cdna3",
     per_unit=2,
+    even_from=4,  # a tile takes 3 µs, the launch of the combine 5
     stream=1 / 780,
     combine=1 / 220,
     options=_FUSED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 
 import pytest
 import torch
@@ -28,6 +29,21 @@ def test_a_shipped_binary_is_right(
 ) -> None:
     problem = problem_of(shipped.case)
     with on(shipped, compiler, runs):
+        out, lse = launch(problem)
+    assert_right(problem, out, lse)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_ragged_batch_is_shared_out_over_all_units(
+    arch: str, compiler: Compiler, runs: Counter[Ran]
+) -> None:
+    lens = Random(0).choices((0, 1, 64, 500, 1700, 4400), k=50)
+    case = model("ragged batch", N=64, lens=tuple(lens))
+    problem = problem_of(case)
+    call = validate(*problem.args, **problem.options)
+    with on(Shipped(arch, False, "", case), compiler, runs):
+        assert decode.make_plan(call, outputs(problem)[0].stride(), None).even
         out, lse = launch(problem)
     assert_right(problem, out, lse)
 
