@@ -95,6 +95,7 @@ def compile_combine(arch: str) -> Any:
         "LKV": LKV,
         "ROWS": 0,
         "CUT": False,
+        "EARLY": arch == "sm90",
         "BLOCK_S": block_s,
         "BLOCK_L": block_l,
     }

@@ -76,7 +76,7 @@ def test_cut_sequences_are_merged_and_whole_ones_kept(
     else:
         block_s, block_l = combine_blocks(2, LKV)
         combine_kernel[(len(CUTS) * 4 * N, 1, 1)](
-            *tensors, 4, 0, 2 * GROUPS, **shape, CUT=True, BLOCK_S=block_s, BLOCK_L=block_l
+            *tensors, 4, 0, 2 * GROUPS, **shape, CUT=True, EARLY=False, BLOCK_S=block_s, BLOCK_L=block_l
         )
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ was not cut, whose out is in place.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -65,10 +66,13 @@ def combine_kernel(
     LKV: tl.constexpr,
     ROWS: tl.constexpr,  # of a slot: all of a sequence, in whole row blocks
     CUT: tl.constexpr,
+    EARLY: tl.constexpr,  # launched while stage 1 runs
     BLOCK_S: tl.constexpr,  # parts read at once
     BLOCK_L: tl.constexpr,
 ):
     """A program owns one row and BLOCK_L of its columns."""
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     if CUT:
         b = row // (max_seqlen_q * N)
@@ -121,6 +125,7 @@ def combine_rows_kernel(
     N: tl.constexpr,
     LKV: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,  # rows at once
     BLOCK_L: tl.constexpr,
@@ -129,6 +134,8 @@ def combine_rows_kernel(
 
     A program owns BLOCK_ROWS rows of a sequence: to start one takes an SM 0.1 µs, seen on an H200.
     """
+    if EARLY:
+        gdc_wait()
     blocks = tl.cdiv(max_seqlen_q * N, BLOCK_ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     parts, slot, first_row, count = _cut_of(

@@ -24,6 +24,7 @@ class Config:
     persistent: bool = False  # as many programs as units, each taking one item after another
     # Tiles of a program from which on a `schedule` saves more than it costs; None: there is none.
     even_from: int | None = None
+    early: bool = False  # the combine is launched before stage 1 ends, and waits for it
     covers: tuple[str, ...] = ()  # rare features it has, which other Gluon kernels lack
     least: tuple[int, int] = (0, 0)  # not for so few rows with fewer keys than that in the batch
     table_stage: bool = False  # a stage is for the page table: without one, one stage less
@@ -155,6 +156,7 @@ GLUON: dict[str, tuple[Config, ...]] = {
             kernel="sm90",
             # 511-571 TF/s with a cold L2 where the portable kernel has 233-245.
             persistent=True,
+            early=True,
             # 2 sequences of 8192, 3.9 tiles: 34 µs by a schedule, 28 by splits. A tile takes 2.
             even_from=4,
             covers=(KEY_MASK,),

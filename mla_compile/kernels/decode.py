@@ -208,7 +208,7 @@ def make_plan(
     rows = dims.T * dims.N
     strides = (dims.N * splits * dims.Lkv, splits * dims.Lkv, dims.Lkv)
     stage1 = _split(call, config, (programs, items), splits, strides)
-    stage2 = _combine(dims, out_strides, splits, splits=splits)
+    stage2 = _combine(dims, config, out_strides, splits, splits=splits)
     return Plan(stage1, stage2, rows * splits * dims.Lkv, needed)
 
 
@@ -229,12 +229,13 @@ def _evenly(
     _check_workspace(workspace, needed)
     stage1 = _split(call, config, (groups * row_blocks, dims.B), 1, (*out_strides[:2], 0))
     parts = 2 * -(-groups // dims.B)  # twice the average
-    stage2 = _combine(dims, out_strides, parts, slots=slots, slot_rows=slot_rows)
+    stage2 = _combine(dims, config, out_strides, parts, slots=slots, slot_rows=slot_rows)
     return Plan(stage1, stage2, part_ml, needed, even=True)
 
 
 def _combine(
     dims: Dims,
+    config: Config,
     out_strides: tuple[int, ...],
     parts: int,  # of a row, as many as are expected
     splits: int = 0,
@@ -252,15 +253,17 @@ def _combine(
         "LKV": dims.Lkv,
         "ROWS": slot_rows,
         "CUT": slots > 0,
+        "EARLY": config.early,
     }
+    options = {"launch_pdl": True} if config.early else {}
     if slots and rows > MANY_ROWS:
         blocks = {"BLOCK_ROWS": 16, "BLOCK_R": 8, "BLOCK_L": ceil_pow2(dims.Lkv)}
         grid = (dims.B * -(-dims.Sq * dims.N // 16), 1, 1)
-        return Launch(combine_rows_kernel, grid, arguments | blocks, num_warps=8)
+        return Launch(combine_rows_kernel, grid, arguments | blocks, num_warps=8, **options)
     block_s, block_l = combine_blocks(parts, dims.Lkv)
     grid = (rows, -(-dims.Lkv // block_l), 1)
     blocks = {"BLOCK_S": block_s, "BLOCK_L": block_l}
-    return Launch(combine_kernel, grid, arguments | blocks, num_warps=4)
+    return Launch(combine_kernel, grid, arguments | blocks, num_warps=4, **options)
 
 
 def _check_workspace(workspace: Tensor | None, needed: int) -> None:

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 import mla_compile.kernels.cdna as cdna
 import mla_compile.kernels.hopper as hopper
@@ -95,7 +96,7 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
     lse_ptr, part_ml_ptr = sums
     q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem = queries
     stride_qt, stride_qn, stride_pt, stride_pn = strides
-    p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
+    p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full = shared
     g = 0
     turn = 0
     key_begin = work[4]
@@ -126,6 +127,7 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
             acc = _score_left(acc, q_smem, tiles[0], full[0], g)
             acc = _score_right(acc, q, tiles, full, g)
             acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(scored, count=1)
             end = lo + (hi - 1 - lo) // KEYS * KEYS  # where the last tile starts
             for start in range(lo, end, KEYS):
                 s = acc * scale
@@ -139,6 +141,7 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
                 l_i += gl.sum(p, 1)
                 g += 1
                 acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(scored, count=1)
             s = acc * scale
             if MODE == "masked":
                 s = hopper.apply_mask(s, end, hi, mask, S)
@@ -168,22 +171,24 @@ def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.con
     MODE: gl.constexpr = CALL[3]
     begin, stop, step = work[0]
     out_ptr, part_out_ptr = outs
-    p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full = shared
+    p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full = shared
     g = 0
     turn = 0
     key_begin = work[4]
     for i in range(begin, stop, step):
         block, keys = hopper.item(i, key_begin, work, CALL)
         key_begin = 0
-        lo, hi, _, _, _ = keys
+        lo, hi = keys[0], keys[1]
         acc0 = gl.zeros([ROWS, PART], gl.float32, A)
         acc1 = gl.zeros([ROWS, PART], gl.float32, A)
-        for _ in range(lo, hi, KEYS):
+        for start in range(lo, hi, KEYS):
             s, _ = hopper.turn(g, STAGES)
             mbarrier.wait(p_full, g & 1)
             fade = fade_smem.load(ROW)
             acc0 = hopper.fade(acc0, fade)
             acc1 = hopper.fade(acc1, fade)
+            if WHOLE and start + KEYS < hi:
+                mbarrier.wait(scored, (g + 1) & 1)
             v0, v1 = v[0].index(s), v[1].index(s)
             if WHOLE:
                 v0, v1 = v0.slice(0, PART, dim=1), v1.slice(PART, PART, dim=1)
@@ -277,6 +282,7 @@ def sm90_kernel(
     ALIKE: gl.constexpr,  # kv_c and k_pe have the same strides
     BLOCK_B: gl.constexpr,  # a power of two, from `num_items` on where that counts sequences
 ):
+    gdc_launch_dependents()
     DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -298,6 +304,7 @@ def sm90_kernel(
     last_empty = _barriers(RIGHT, 1)
     p_full = _barriers(1, 1).index(0)
     p_empty = _barriers(1, 2).index(0)  # both `values`
+    scored = _barriers(1, 1).index(0)
     sum_full = _barriers(2, 1)
 
     caches = (kv_c_ptr, k_pe_ptr, table_ptr)
@@ -338,7 +345,7 @@ def sm90_kernel(
     empty = (left_empty, right_empty, last_empty)
     near = (left, left), (left_empty, left_empty)
     far = (right, last), (right_empty, last_empty)
-    shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, sum_full)
+    shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full)
     scale = sm_scale * LOG2E
     sums = (lse_ptr, part_ml_ptr)
     CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL, MODE)
