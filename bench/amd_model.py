@@ -37,7 +37,7 @@ from bench.case import LENGTHS
 from bench.common import RESULTS, provenance, table, write
 from bench.cu import GPUS, Gpu, Step, Traffic, clocks, resident, steps, watching
 from mla_compile.kernels import decode
-from mla_compile.kernels.combine import combine_kernel
+from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
 from mla_compile.kernels.config import choose, evenly, num_splits, tuned_arch
 from mla_compile.kernels.schedule import CUT, OVERHEAD
 from mla_compile.validate import validate
@@ -275,6 +275,7 @@ def our_tiles(
     with (
         mock.patch.object(decode, "_stage1", stage1),
         mock.patch.object(decode, "combine_kernel", Recorded(combine_kernel, arch, compiler)),
+        mock.patch.object(decode, "combine_cut_kernel", Recorded(combine_cut_kernel, arch, compiler)),
     ):
         if even:  # on a GPU so small that they are many tiles
             key, _ = decode._device(call.q_nope.device)

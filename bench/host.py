@@ -18,7 +18,7 @@ from triton.runtime import driver
 from mla_compile.kernels import decode
 from mla_compile.kernels.cdna3 import cdna3_kernel
 from mla_compile.kernels.cdna4 import cdna4_kernel
-from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
+from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
 from mla_compile.kernels.sm90 import sm90_kernel
 from mla_compile.kernels.split import split_kernel
 from mla_compile.validate import validate
@@ -32,7 +32,7 @@ KERNELS = (
     cdna4_kernel,
     sm90_kernel,
     combine_kernel,
-    combine_rows_kernel,
+    combine_cut_kernel,
 )
 ARCHS = {
     "sm90": GPUTarget("cuda", 90, 32),

@@ -93,13 +93,11 @@ def compile_combine(arch: str) -> Any:
     constants = {
         "N": N,
         "LKV": LKV,
-        "ROWS": 0,
-        "CUT": False,
         "EARLY": arch == "sm90",
         "BLOCK_S": block_s,
         "BLOCK_L": block_l,
     }
-    return compile_kernel(arch, combine_kernel, types, constants, {"num_warps": 4})
+    return compile_kernel(arch, combine_kernel, types, constants, {"num_warps": 1})
 
 
 def usage(arch: str, binary: Any) -> dict[str, int]:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
+from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
 from mla_compile.kernels.config import combine_blocks
 
 N, LKV, ROWS = 3, 32, 16
 # Parts of each sequence, 0 where it is whole, and the group in which it begins.
-CUTS = [(0, 0), (2, 0), (0, 1), (0, 1), (5, 1), (3, 5), (0, 7)]
-GROUPS = 8
-TOKENS = [2, 1, 4, 0, 4, 3, 1]
+CUTS = [(0, 0), (2, 0), (0, 1), (0, 1), (5, 1), (3, 5), (2, 7), (0, 8)]
+GROUPS = 10
+TOKENS = [2, 1, 4, 0, 4, 3, 1, 2]
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreted"),
     pytest.param("cuda", marks=pytest.mark.gpu, id="compiled"),
@@ -37,20 +37,22 @@ def merged(part_out: Tensor, part_ml: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ragged", [False, True], ids=["as-many-tokens", "ragged-tokens"])
-@pytest.mark.parametrize("rows_at_once", [False, True], ids=["a-row", "rows"])
+@pytest.mark.parametrize("shares", [1, 4], ids=["a-program", "4-programs"])
 def test_cut_sequences_are_merged_and_whole_ones_kept(
-    device: str, ragged: bool, rows_at_once: bool
+    device: str, ragged: bool, shares: int
 ) -> None:
     tokens = TOKENS if ragged else [4] * len(CUTS)
     starts = [0, *torch.tensor(tokens).cumsum(0).tolist()]
     part_out = torch.full((2 * GROUPS, ROWS, LKV), math.nan)
-    part_ml = torch.full((2 * GROUPS * ROWS * 2 + 2 * len(CUTS),), math.nan)
+    part_ml = torch.full((2 * GROUPS * ROWS * 2 + 3 * GROUPS,), math.nan)
     ml = part_ml[: 2 * GROUPS * ROWS * 2].view(2 * GROUPS, ROWS, 2)
+    records = part_ml[ml.numel() :].view(GROUPS, 3)
+    records[:, 2] = 0
     out = torch.full((starts[-1], N, LKV), -7.0)
     lse = torch.full((starts[-1], N), -7.0)
     expected, expected_lse = out.double(), lse.double()
     for b, (parts, group) in enumerate(CUTS):
-        part_ml[ml.numel() + 2 * b :][:2] = torch.tensor([parts, 2 * group + 1])
+        records[group + 1 : group + parts] = torch.tensor([b, group, parts]).float()
         rows = tokens[b] * N
         for i, slot in enumerate(slots(parts, group)):
             part_out[slot, :rows] = torch.randn(rows, LKV)
@@ -67,16 +69,8 @@ def test_cut_sequences_are_merged_and_whole_ones_kept(
     part_out, part_ml, out, lse = (t.to(device) for t in (part_out, part_ml, out, lse))
     qo_indptr = torch.tensor(starts, dtype=torch.int32, device=device) if ragged else None
     tensors = (part_out, part_ml, out, lse, qo_indptr)
-    shape = {"stride_ot": N * LKV, "stride_on": LKV, "N": N, "LKV": LKV, "ROWS": ROWS}
-    if rows_at_once:
-        grid = (len(CUTS) * -(-4 * N // 8), 1, 1)
-        combine_rows_kernel[grid](
-            *tensors, 4, 2 * GROUPS, **shape, BLOCK_ROWS=8, BLOCK_R=4, BLOCK_L=LKV
-        )
-    else:
-        block_s, block_l = combine_blocks(2, LKV)
-        combine_kernel[(len(CUTS) * 4 * N, 1, 1)](
-            *tensors, 4, 0, 2 * GROUPS, **shape, CUT=True, EARLY=False, BLOCK_S=block_s, BLOCK_L=block_l
-        )
+    strides = {"stride_ot": N * LKV, "stride_on": LKV}
+    constants = {"N": N, "LKV": LKV, "ROWS": ROWS, "SHARES": shares, "BLOCK_L": LKV, "EARLY": False}
+    combine_cut_kernel[(GROUPS * shares,)](*tensors, 4, GROUPS, **strides, **constants)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-5, atol=1e-5)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from mla_compile.contents import due, refuse
 from mla_compile.dims import Dims
-from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
+from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
 from mla_compile.kernels.config import (
     KEY_MASK,
-    MANY_ROWS,
     MAX_EVEN,
     Config,
     ceil_pow2,
@@ -208,7 +207,19 @@ def make_plan(
     rows = dims.T * dims.N
     strides = (dims.N * splits * dims.Lkv, splits * dims.Lkv, dims.Lkv)
     stage1 = _split(call, config, (programs, items), splits, strides)
-    stage2 = _combine(dims, config, out_strides, splits, splits=splits)
+    block_s, block_l = combine_blocks(splits, dims.Lkv)
+    stage2 = Launch(
+        combine_kernel,
+        (rows, -(-dims.Lkv // block_l), 1),
+        {
+            "num_splits": splits,
+            "BLOCK_S": block_s,
+            "BLOCK_L": block_l,
+            **_combined(dims, config, out_strides),
+        },
+        num_warps=1,
+        **_overlap(config),
+    )
     return Plan(stage1, stage2, rows * splits * dims.Lkv, needed)
 
 
@@ -225,45 +236,39 @@ def _evenly(
     groups = max(at_once // row_blocks, 1)
     slots, slot_rows = 2 * groups, row_blocks * config.block_m
     part_ml = slots * slot_rows * dims.Lkv
-    needed = part_ml + 2 * slots * slot_rows + 2 * dims.B
+    needed = part_ml + 2 * slots * slot_rows + 3 * groups
     _check_workspace(workspace, needed)
     stage1 = _split(call, config, (groups * row_blocks, dims.B), 1, (*out_strides[:2], 0))
-    parts = 2 * -(-groups // dims.B)  # twice the average
-    stage2 = _combine(dims, config, out_strides, parts, slots=slots, slot_rows=slot_rows)
+    shares = 4 * row_blocks
+    stage2 = Launch(
+        combine_cut_kernel,
+        (groups * shares, 1, 1),
+        {
+            "max_seqlen_q": dims.Sq,
+            "num_groups": groups,
+            "ROWS": slot_rows,
+            "SHARES": shares,
+            "BLOCK_L": ceil_pow2(dims.Lkv),
+            **_combined(dims, config, out_strides),
+        },
+        num_warps=8,
+        **_overlap(config),
+    )
     return Plan(stage1, stage2, part_ml, needed, even=True)
 
 
-def _combine(
-    dims: Dims,
-    config: Config,
-    out_strides: tuple[int, ...],
-    parts: int,  # of a row, as many as are expected
-    splits: int = 0,
-    slots: int = 0,
-    slot_rows: int = 0,
-) -> Launch:
-    rows = dims.B * dims.Sq * dims.N if slots else dims.T * dims.N
-    arguments = {
-        "max_seqlen_q": dims.Sq,
-        "num_splits": splits,
-        "num_slots": slots,
+def _combined(dims: Dims, config: Config, out_strides: tuple[int, ...]) -> dict[str, Any]:
+    return {
         "stride_ot": out_strides[0],
         "stride_on": out_strides[1],
         "N": dims.N,
         "LKV": dims.Lkv,
-        "ROWS": slot_rows,
-        "CUT": slots > 0,
         "EARLY": config.early,
     }
-    options = {"launch_pdl": True} if config.early else {}
-    if slots and rows > MANY_ROWS:
-        blocks = {"BLOCK_ROWS": 16, "BLOCK_R": 8, "BLOCK_L": ceil_pow2(dims.Lkv)}
-        grid = (dims.B * -(-dims.Sq * dims.N // 16), 1, 1)
-        return Launch(combine_rows_kernel, grid, arguments | blocks, num_warps=8, **options)
-    block_s, block_l = combine_blocks(parts, dims.Lkv)
-    grid = (rows, -(-dims.Lkv // block_l), 1)
-    blocks = {"BLOCK_S": block_s, "BLOCK_L": block_l}
-    return Launch(combine_kernel, grid, arguments | blocks, num_warps=4, **options)
+
+
+def _overlap(config: Config) -> dict[str, Any]:
+    return {"launch_pdl": True} if config.early else {}
 
 
 def _check_workspace(workspace: Tensor | None, needed: int) -> None:

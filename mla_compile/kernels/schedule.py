@@ -36,8 +36,8 @@ def _at(index, values, b):
 def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS, BLOCK_B, LANES):
     """(first sequence, their end, step), (first key of the first, end key of the last).
 
-    To `cut_ptr`, [B, 2], go the parts of each sequence that begins in the stretch, 0 if it is not
-    cut, and the slot of the first.
+    To `cut_ptr`, [num_groups, 3], goes what goes on from groups before: its sequence, the group in
+    which it begins, and the number of its parts, 0 if there is none.
     """
     ALL: gl.constexpr = gl.BlockedLayout(  # each warp has all
         [BLOCK_B // LANES], [LANES], [gl.num_warps()], [0]
@@ -47,32 +47,33 @@ def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS,
     length, _ = cdna.key_count(gl.minimum(index, num_sequences - 1), lengths, PAGE_SIZE)
     tiles = gl.where(real, gl.cdiv(length, KEYS), 0)
     cost = gl.where(real, tiles + OVERHEAD, 0)
-    first = gl.associative_scan(cost, 0, _add) - cost + (OVERHEAD - 1)
-    end = first + gl.maximum(tiles, 1)
     share = gl.cdiv(gl.sum(cost, 0), num_groups)
     rounds = gl.cdiv(num_sequences, num_groups)
-    if rounds * (gl.max(tiles, 0) + OVERHEAD) <= share + CUT:
-        begin = group
-        stop = num_sequences
-        step = num_groups
-        key_begin = 0
-        key_end = NEVER
-        mine = index % num_groups == group
-        parts = gl.zeros_like(tiles)
-    else:
+    begin = group
+    stop = num_sequences
+    step = num_groups
+    key_begin = 0
+    key_end = NEVER
+    began = group
+    parts = 0
+    if rounds * (gl.max(tiles, 0) + OVERHEAD) > share + CUT:
+        first = gl.associative_scan(cost, 0, _add) - cost + (OVERHEAD - 1)
+        end = first + gl.maximum(tiles, 1)
         lo = group * share
         hi = lo + share
         begin = gl.sum((real & (end <= lo)).to(gl.int32), 0)
         stop = gl.sum((real & (first < hi)).to(gl.int32), 0)
         step = 1
-        key_begin = gl.maximum(lo - _at(index, first, begin), 0) * KEYS
-        cut = _at(index, end, stop - 1) > hi
-        key_end = gl.where(cut, (hi - _at(index, first, stop - 1)) * KEYS, NEVER)
-        mine = (first >= lo) & (first < hi)
-        parts = gl.where(end > hi, 1 + gl.cdiv(end - hi, share), 0)
-    mine = mine & real
-    gl.store(cut_ptr + 2 * index, parts.to(gl.float32), mask=mine)
-    gl.store(cut_ptr + 2 * index + 1, (2 * group + 1 + 0 * index).to(gl.float32), mask=mine)
+        begins = _at(index, first, begin)
+        if (begin < stop) & (begins < lo):
+            key_begin = (lo - begins) * KEYS
+            began = begins // share
+            parts = gl.cdiv(_at(index, end, begin), share) - began
+        if _at(index, end, stop - 1) > hi:
+            key_end = (hi - _at(index, first, stop - 1)) * KEYS
+    gl.store(cut_ptr + 3 * group, begin.to(gl.float32))
+    gl.store(cut_ptr + 3 * group + 1, began.to(gl.float32))
+    gl.store(cut_ptr + 3 * group + 2, parts.to(gl.float32))
     return (begin, stop, step), (key_begin, key_end)
 
 

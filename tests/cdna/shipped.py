@@ -24,8 +24,8 @@ import triton
 from torch import Tensor
 
 from mla_compile.kernels import decode
-from mla_compile.kernels.combine import combine_kernel, combine_rows_kernel
-from mla_compile.kernels.config import MANY_ROWS, tuned_arch, workspace_numel
+from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
+from mla_compile.kernels.config import tuned_arch, workspace_numel
 from mla_compile.validate import validate
 from tests.cases import Case, Problem, build, outputs
 from tests.cdna.compiler import Compiler, Ran, Request
@@ -73,7 +73,6 @@ EVEN = [  # lengths shared out by a `schedule`, as on a GPU where these are many
     model("evenly, block table", N=40, paging="table", page_size=16, lens=(200, 300), queries=2),
     model("evenly, dense, fp16", paging="dense", dtype=torch.float16, N=64, lens=(200, 517)),
     model("evenly, none cut", N=64, lens=(130,) * 6),
-    model("evenly, rows together", N=64, lens=(300, 170, 300)),
 ]
 FEW_UNITS = 3
 PORTABLE = [  # calls with something that only the portable kernel has
@@ -133,12 +132,10 @@ def on(
 
     units = FEW_UNITS if shipped.case.name.startswith("evenly") else UNITS[shipped.arch]
     device = tuned_arch(shipped.arch, triton.__version__), units
-    many_rows = 0 if shipped.case.name.endswith("rows together") else MANY_ROWS
     with (
         mock.patch.object(decode, "_stage1", lambda name: emulated(stage1(name))),
         mock.patch.object(decode, "combine_kernel", emulated(combine_kernel)),
-        mock.patch.object(decode, "combine_rows_kernel", emulated(combine_rows_kernel)),
-        mock.patch.object(decode, "MANY_ROWS", many_rows),
+        mock.patch.object(decode, "combine_cut_kernel", emulated(combine_cut_kernel)),
         mock.patch.object(decode, "_device", lambda _: device),
         mock.patch.dict(os.environ, {"MLA_COMPILE_KERNEL": shipped.pinned}),
     ):
