@@ -138,17 +138,17 @@ def combine_cut_kernel(
     end = tl.minimum(begin + share, sq * N)
     cols = tl.arange(0, BLOCK_L)
     slot = (2 * began + 1) * ROWS
-    # 16 rows of parts at once: 32 registers a thread of 256.
+    # 8 rows of parts at once: 32 registers a thread of 128, and no sum between warps.
     if parts <= 4:
-        for block in tl.range(begin, end, 8):
-            row = block + tl.arange(0, 8)
+        for block in tl.range(begin, end, 4):
+            row = block + tl.arange(0, 4)
             real = row < end
             merged = _merge(part_out_ptr, part_ml_ptr, slot + row, real, parts, cols, LKV, ROWS, 2)
             row += q_start * N
             _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)
     else:
-        for block in tl.range(begin, end, 2):
-            row = block + tl.arange(0, 2)
+        for block in tl.range(begin, end, 1):
+            row = block + tl.arange(0, 1)
             real = row < end
             merged = _merge(part_out_ptr, part_ml_ptr, slot + row, real, parts, cols, LKV, ROWS, 8)
             row += q_start * N

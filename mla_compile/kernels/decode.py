@@ -239,7 +239,7 @@ def _evenly(
     needed = part_ml + 2 * slots * slot_rows + 3 * groups
     _check_workspace(workspace, needed)
     stage1 = _split(call, config, (groups * row_blocks, dims.B), 1, (*out_strides[:2], 0))
-    shares = 4 * row_blocks
+    shares = 8 * row_blocks
     stage2 = Launch(
         combine_cut_kernel,
         (groups * shares, 1, 1),
@@ -251,7 +251,7 @@ def _evenly(
             "BLOCK_L": ceil_pow2(dims.Lkv),
             **_combined(dims, config, out_strides),
         },
-        num_warps=8,
+        num_warps=4,
         **_overlap(config),
     )
     return Plan(stage1, stage2, part_ml, needed, even=True)

@@ -45,8 +45,8 @@ LIMITS = {
     ("gfx942", "split 16x16 L1024"): Limit(312),
     ("gfx950", "split 16x16 L1024"): Limit(384),
     # It reads once and writes once: eight waves a SIMD hide its latency; up to 64 registers do.
-    ("gfx942", "combine"): Limit(56, programs=8),
-    ("gfx950", "combine"): Limit(56, programs=8),
+    ("gfx942", "combine"): Limit(64, programs=8),
+    ("gfx950", "combine"): Limit(64, programs=8),
     ("gfx942", "combine_cut"): Limit(64, programs=4),
     ("gfx950", "combine_cut"): Limit(64, programs=4),
 }
