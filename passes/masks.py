@@ -10,27 +10,47 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mla_compile.passes.graph import Size, argument, aten, dtype, equal, is_tensor, prims, true
-from mla_compile.passes.indexing import Index, Label, Leaf, broadcast
+from mla_compile.passes.graph import (
+    INTEGERS,
+    Size,
+    argument,
+    aten,
+    dtype,
+    equal,
+    is_tensor,
+    prims,
+    true,
+)
+from mla_compile.passes.indexing import Group, Index, Leaf, broadcast, settle
 from mla_compile.passes.normal_form import ABSORBING, Softmax
 from mla_compile.passes.site import Lengths, Mask, Reason, Refusal, span
-from mla_compile.passes.views import settle
 
 
-def split_lengths(
-    masks: tuple[Mask, ...], softmax: Softmax, batch: tuple[Label, ...]
-) -> tuple[Lengths | None, tuple[Mask, ...]]:
-    """Take out the mask that says only `token < length`.
+def split_masks(
+    masks: tuple[Mask, ...], softmax: Softmax, batch: Group, queries: Group
+) -> tuple[Lengths | None, bool, tuple[Mask, ...]]:
+    """Take out the mask that says only `token < length`, or only `token <= query + Skv - Sq`.
 
-    With a finite fill it stays a mask as well: a sequence of length zero then averages over all.
+    With a finite fill a length stays a mask as well: a sequence of length zero then averages over
+    all.  Under a causal mask with a finite fill each query must see a token.  If only the device
+    knows where the queries start, nobody can say whether the cache ends with them.
     """
     masks = tuple(part for mask in masks for part in conjuncts(mask))
-    for mask in masks:
-        lengths = as_lengths(mask, softmax, batch)
-        if lengths is not None and (lengths.fill == -inf or len(masks) == 1):
-            rest = tuple(m for m in masks if m is not mask or isfinite(lengths.fill))
-            return lengths, rest
-    return None, masks
+    bounds = [(mask, upper_bound(mask, softmax.time, queries)) for mask in masks]
+    for mask, bound in bounds:
+        if bound is None or bound.rows != 0 or (mask.fill != -inf and len(masks) > 1):
+            continue
+        if all(t.labels <= frozenset(batch) for t in bound.terms):
+            rest = tuple(m for m in masks if m is not mask or isfinite(mask.fill))
+            return Lengths(bound.terms, bound.constant, mask.fill), False, rest
+    for mask, bound in bounds:
+        if bound is None or bound.rows != 1 or bound.terms:
+            continue
+        if not equal(bound.constant + span(queries) - 1, span(softmax.time)):
+            continue
+        if mask.fill == -inf or (len(masks) == 1 and true(bound.constant >= 1)):
+            return None, True, tuple(m for m in masks if m is not mask)
+    return None, False, masks
 
 
 NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
@@ -56,47 +76,19 @@ def conjuncts(mask: Mask) -> Iterator[Mask]:
         yield from conjuncts(replace(mask, leaf=leaf, keep=mask.keep != negated))
 
 
-def split_causal(
-    masks: tuple[Mask, ...], softmax: Softmax, queries: tuple[Label, ...]
-) -> tuple[bool, tuple[Mask, ...]]:
-    """Take out the mask that says only `token <= query + Skv - Sq`.
-
-    With a finite fill each query must see a token. If only the device knows where the queries
-    start, nobody can say whether the cache ends with them.
-    """
-    for mask in masks:
-        bound = upper_bound(mask, softmax.time, queries)
-        if bound is None or bound.rows != 1 or bound.terms:
-            continue
-        if not equal(bound.constant + span(queries) - 1, span(softmax.time)):
-            continue
-        if mask.fill == -inf or (len(masks) == 1 and true(bound.constant >= 1)):
-            return True, tuple(m for m in masks if m is not mask)
-    return False, masks
-
-
-def as_lengths(mask: Mask, softmax: Softmax, batch: tuple[Label, ...]) -> Lengths | None:
-    bound = upper_bound(mask, softmax.time, ())
-    if bound is None or not all(t.labels <= frozenset(batch) for t in bound.terms):
-        return None
-    return Lengths(bound.terms, bound.constant, mask.fill)
-
-
 # token < bound: which side the token is on, and whether the bound itself is visible.
 COMPARISONS = {aten.lt: (0, 0), aten.le: (0, 1), aten.gt: (1, 0), aten.ge: (1, 1)}
 
 
-def upper_bound(mask: Mask, time: tuple[Label, ...], queries: tuple[Label, ...]) -> Affine | None:
+def upper_bound(mask: Mask, time: Group, queries: Group) -> Affine | None:
     """What the tokens that a mask keeps are below, if it compares nothing else."""
     node, index = mask.leaf.node, mask.leaf.index
     comparison = COMPARISONS.get(getattr(node.target, "overloadpacket", None))
     if mask.fill is None or mask.fill > ABSORBING or comparison is None:
         return None
     token_side, closed = comparison if mask.keep else (1 - comparison[0], 1 - comparison[1])
-    token, bound = (
-        affine(side, broadcast(side, index) if is_tensor(side) else (), (time, queries))
-        for side in (node.args[token_side], node.args[1 - token_side])
-    )
+    sides = [affine(side, index, (time, queries)) for side in node.args]
+    token, bound = sides[token_side], sides[1 - token_side]
     if token is None or bound is None or token.terms or (token.tokens, bound.tokens) != (1, 0):
         return None
     return Affine(0, bound.rows - token.rows, bound.terms, bound.constant - token.constant + closed)
@@ -111,30 +103,22 @@ class Affine:
     terms: tuple[Leaf, ...]
     constant: Size
 
-    def plus(self, other: Affine, sign: int) -> Affine | None:
-        if sign < 0 and other.terms:
-            return None
-        tokens, rows = self.tokens + sign * other.tokens, self.rows + sign * other.rows
-        return Affine(tokens, rows, self.terms + other.terms, self.constant + sign * other.constant)
 
-
-def affine(value: Any, index: Index, axes: tuple[tuple[Label, ...], ...]) -> Affine | None:
+def affine(value: Any, index: Index, axes: tuple[Group, Group]) -> Affine | None:
     """value[index] as a sum of iotas over tokens and queries, integers and integer tensors."""
-    if not isinstance(value, Node):
-        return Affine(0, 0, (), value) if isinstance(value, int) else None
     if not is_tensor(value):
-        return Affine(0, 0, (), value.meta["val"])
-    leaf = settle(value, index)
+        number = value.meta["val"] if isinstance(value, Node) else value
+        return Affine(0, 0, (), number) if isinstance(number, (int, torch.SymInt)) else None
+    leaf = settle(value, broadcast(value, index))
     node = leaf.node
-    if dtype(node) not in (torch.int32, torch.int64):
+    if dtype(node) not in INTEGERS:
         return None
     if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
-        a, b = (
-            affine(x, broadcast(x, leaf.index) if is_tensor(x) else (), axes) for x in node.args
-        )
-        total = a and b and a.plus(b, -1 if node.target is aten.sub.Tensor else 1)
-        if total is not None:
-            return total
+        a, b = (affine(x, leaf.index, axes) for x in node.args)
+        sign = -1 if node.target is aten.sub.Tensor else 1
+        if a and b and (sign > 0 or not b.terms):
+            counts = a.tokens + sign * b.tokens, a.rows + sign * b.rows
+            return Affine(*counts, a.terms + b.terms, a.constant + sign * b.constant)
     if node.target is prims.iota.default and argument(node, "step") == 1:
         start, entry = argument(node, "start"), leaf.index[0]
         if not entry:
@@ -146,10 +130,10 @@ def affine(value: Any, index: Index, axes: tuple[tuple[Label, ...], ...]) -> Aff
     return None if leaf.labels & {*axes[0], *axes[1]} else Affine(0, 0, (leaf,), 0)
 
 
-def check_masks(masks: tuple[Mask, ...], node: Node) -> None:
+def check_masks(masks: tuple[Mask, ...]) -> None:
     """Several masks compose if each boolean one hides beyond the reach of any score."""
     fills = {m.fill for m in masks if m.fill is not None}
     if len(masks) > 1 and (len(fills) > 1 or any(f > ABSORBING for f in fills)):
-        raise Refusal(Reason.MASK, f"{len(masks)} masks with the fills {sorted(fills)}", node)
+        raise Refusal(Reason.MASK, f"{len(masks)} masks with the fills {sorted(fills)}")
     if any(f == inf or isnan(f) for f in fills):
-        raise Refusal(Reason.MASK, f"a mask fills with {sorted(fills)}", node)
+        raise Refusal(Reason.MASK, f"a mask fills with {sorted(fills)}")

@@ -16,11 +16,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from mla_compile.passes.graph import Size, dtype, equal, hint, shape
-from mla_compile.passes.indexing import Label, Leaf
+from mla_compile.passes.indexing import Group, Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
 DECODE = torch.ops.mla_compile.mla_decode.default
-Group = tuple[Label, ...]
 Labelled = tuple[Tensor, Group]  # one label per dimension
 
 
@@ -155,22 +154,17 @@ class Emitter:
     def query(self, term: ScoreTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
         """[T, N, width]: the product of the queries and, where the keys are expanded, W_UK."""
         q = product([*map(self.spread, term.query)], [*rows, (term.feature,)])
-        if term.scale != sm_scale:
-            q = q * (term.scale / sm_scale)
-        return self.scaled(q, term.scalars)
+        return self.scaled(q, term.scale / sm_scale, term.scalars)
 
     def caches(self, site: MLASite) -> tuple[Tensor, Tensor]:
         """[B, Skv, width] each, one page a sequence, or the pools [pages, page_size, width]."""
+        terms = [site.latent, site.rope] if site.rope else [site.latent]
+        keys, groups = [term.key for term in terms], (site.batch, site.time)
         if site.paging:
-            groups = (site.paging.page,), site.paging.slots
-            keys = site.paging.kv_c, site.paging.k_pe
-        else:
-            groups = site.batch, site.time
-            keys = site.latent.key, site.rope.key if site.rope else None
-        kv_c = self.cache(keys[0], (*groups, (site.latent.feature,)))
-        if site.rope is None:
-            return kv_c, kv_c[..., :0]
-        return kv_c, self.cache(keys[1], (*groups, (site.rope.feature,)))
+            keys, groups = site.paging.keys, ((site.paging.page,), site.paging.slots)
+        pairs = zip(keys, terms, strict=True)
+        kv_c, *k_pe = (self.cache(key, (*groups, (term.feature,))) for key, term in pairs)
+        return kv_c, k_pe[0] if k_pe else kv_c[..., :0]
 
     def cache(self, key: Leaf, groups: tuple[Group, ...]) -> Tensor:
         view = self.view(key, groups)
@@ -239,10 +233,10 @@ class Emitter:
         labels = (*site.batch, *site.queries, *site.heads, site.value_feature)
         latent = reshape(out, [x.size for x in labels]), labels
         result = product([latent, *map(self.spread, site.weights)], [(x,) for x in site.out])
-        result = result * site.value_scale if site.value_scale != 1 else result
-        return like(site.root, self.scaled(result, site.value_scalars))
+        return like(site.root, self.scaled(result, site.value_scale, site.value_scalars))
 
-    def scaled(self, tensor: Tensor, scalars: tuple[Scalar, ...]) -> Tensor:
+    def scaled(self, tensor: Tensor, scale: float, scalars: tuple[Scalar, ...]) -> Tensor:
+        tensor = tensor * scale if scale != 1 else tensor
         for scalar in scalars:
             factor = self.tensors[scalar.node]
             tensor = tensor / factor if scalar.inverse else tensor * factor

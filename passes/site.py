@@ -126,8 +126,7 @@ class Paging:
     The table's pages may hold more tokens than the site reads.
     """
 
-    kv_c: Leaf
-    k_pe: Leaf | None
+    keys: tuple[Leaf, ...]  # kv_c and, where there is rope, k_pe
     table: Leaf
     page: Label
     pages: tuple[Label, ...]

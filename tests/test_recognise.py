@@ -249,6 +249,19 @@ def test_a_length_may_be_a_difference_of_tensors() -> None:
 
 
 @torch.no_grad()
+def test_queries_in_an_order_that_a_tensor_says_meet_one_fused_cache() -> None:
+    def permuted(x: Inputs) -> Tensor:
+        q = torch.cat([torch.einsum("bshd,hdc->bshc", x.q_nope, x.W_UK), x.q_pe], -1)
+        order = torch.arange(q.shape[-1], device=q.device).flip(0)
+        s = torch.einsum("bshd,btd->bsht", q[..., order], x.fused) * SCALE
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.fused[..., :32])
+
+    compiled, x = Compiled(permuted), inputs()
+    torch.testing.assert_close(compiled(x), permuted(x))
+    assert compiled.count(OP) == 1
+
+
+@torch.no_grad()
 def test_a_causal_mask_of_more_queries_than_tokens_is_read() -> None:
     """With a finite fill the first queries, which see nothing, average over all tokens."""
     x = inputs(Sq=5, Skv=4)
