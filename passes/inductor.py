@@ -16,7 +16,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 import mla_compile.ops
-from mla_compile.passes.absorb import weigh
 from mla_compile.passes.graph import measure_inputs
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.rewrite import Rewriter
@@ -75,8 +74,6 @@ class MLAPass(CustomGraphPass):
         try:
             measure_inputs(graph)
             for verdict in recognise(graph):
-                if isinstance(verdict, MLASite):
-                    verdict = weigh(verdict)
                 if isinstance(verdict, MLASite):
                     verdict = rewriter.rewrite(verdict)
                 self.note(verdict)

@@ -24,6 +24,7 @@ from mla_compile.passes.graph import (
     is_tensor,
     reached,
     shape,
+    true,
 )
 from mla_compile.passes.indexing import (
     Index,
@@ -36,10 +37,16 @@ from mla_compile.passes.indexing import (
     squeeze,
     whole,
 )
-from mla_compile.passes.masks import check_masks, split_masks
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
-from mla_compile.passes.score import cached, split_keys, split_score, uncapped
+from mla_compile.passes.score import (
+    cached,
+    check_masks,
+    split_keys,
+    split_masks,
+    split_score,
+    uncapped,
+)
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, span
 from mla_compile.passes.softmax import (
     Attention,
@@ -88,20 +95,17 @@ def judge_all(softmaxes: list[Normalised], training: bool) -> Iterator[MLASite |
 def judge_together(attentions: list[Attention]) -> Iterator[MLASite | Miss]:
     """Attentions that share what is expanded: nobody needs it once all of them are rewritten."""
     roots = {attention.root for attention in attentions}
-    verdicts = [judge(attention, roots) for attention in attentions]
-    refused = [v for v in verdicts if isinstance(v, Miss)]
-    if not refused:
-        yield from verdicts
-        return
-    yield from refused
-    pairs = zip(attentions, verdicts, strict=True)
-    yield from judge_together([a for a, v in pairs if not isinstance(v, Miss)])
+    verdicts = {attention: judge(attention, roots) for attention in attentions}
+    refused = {a: verdict for a, verdict in verdicts.items() if isinstance(verdict, Miss)}
+    yield from (refused or verdicts).values()
+    if refused:
+        yield from judge_together([a for a in attentions if a not in refused])
 
 
 def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss:
     """The verdict on one attention, where the nodes `beside` are replaced as well."""
     try:
-        return site(attention, beside)
+        return weigh(site(attention, beside))
     except (Refine, Segment) as request:
         detail = f"a view splits {request.label} in a way that no index follows"
         miss = Refusal(Reason.LAYOUT, detail).miss(attention.softmax)
@@ -129,23 +133,37 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
     softmax, value = split_value(terms, attention)
     of_cache = list(cache_leaves((value, *softmax.score), softmax))
     shared = frozenset(softmax.rows).difference(*(leaf.labels for leaf in of_cache))
-    if not shared:
-        refusal = why_no_latent(of_cache, span(softmax.time))
-    else:
+    try:
+        if not shared:
+            raise why_no_latent(of_cache, span(softmax.time))
         stopping = Evaluator(attention, shared)
-        try:
-            stopped = stopping.evaluate(attention.root, index)
-            found = described(attention, index, stopped, shared)
-            check_private(stopping.expanded, attention, beside)
-            return found
-        except Refusal as why:
-            refusal = why
+        found = described(attention, index, stopping.evaluate(root, index), shared)
+        check_private(stopping.expanded, attention, beside)
+        return found
+    except Refusal as why:
+        refusal = why
     try:
         found = described(attention, index, terms, shared)
     except Refusal:
         raise refusal from None
     check_private(evaluator.expanded, attention, beside)
     return found
+
+
+def weigh(found: MLASite) -> MLASite | Miss:
+    """The site, or a Miss where expanding the cache is the cheaper way.
+
+    Counted in multiply-adds per head of one sequence.  Expanded, every cached token is multiplied
+    by W_UK [Lkv, P] and W_UV [Lkv, V] and attended to over P + R and V; absorbed, every query is,
+    and cached tokens are attended to over Lkv + R and Lkv.
+    """
+    Sq, Skv, Lkv, P, V = (found.dims[name] for name in ("Sq", "Skv", "Lkv", "P", "V"))
+    saved = Lkv * (P + V) - Sq * (Lkv + Lkv - P - V)  # by a cached token
+    spent = Sq * Lkv * (P + V)
+    pays = Skv * saved > spent if isinstance(Skv, int) else saved > 0  # at any long length
+    if not found.expanded or true(pays):
+        return found
+    return Refusal(Reason.PREFILL, f"{Sq} queries over {Skv} cached tokens").miss(found.root)
 
 
 def described(
