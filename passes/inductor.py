@@ -62,10 +62,8 @@ class MLAPass(CustomGraphPass):
         previous = [getattr(p, "uuid", lambda: None)() for p in self.previous]
         if None in previous:
             return None
-        package = Path(mla_compile.ops.__file__).parent
-        sources = sorted(
-            str(p) for p in {*package.rglob("*.py"), *Path(__file__).parent.glob("*.py")}
-        )
+        folders = Path(mla_compile.ops.__file__).parent, Path(__file__).parent
+        sources = sorted({str(path) for folder in folders for path in folder.rglob("*.py")})
         versions = (torch.__version__, triton.__version__, device_arch(), self.strict, previous)
         return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
 

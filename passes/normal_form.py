@@ -67,10 +67,6 @@ class Softmax:
     rows: tuple[Label, ...]
     time: tuple[Label, ...]
 
-    @property
-    def labels(self) -> frozenset[Label]:
-        return frozenset(self.rows + self.time)
-
 
 @dataclass(frozen=True, eq=False)
 class Capped:
@@ -126,7 +122,7 @@ class Evaluator:
     def evaluate(self, node: Node, index: Index, context: Context = Context.OPERAND) -> list[Term]:
         index = squeeze(node, index)
         attention, leaf = self.attention, [Term((Leaf(node, index),))]
-        if node is attention.softmax and attention.scores is not None:
+        if node is attention.node and attention.scores is not None:
             return [Term((self._softmax(index),))]
         if node.op != "call_function":
             return leaf
@@ -142,7 +138,7 @@ class Evaluator:
             return [replace(t, scale=t.scale * number, scalars=t.scalars + scalars) for t in terms]
         if context is not Context.SCORE and self._stops(node, index):
             return leaf
-        if node.target is operator.getitem and node.args[0] is attention.softmax:
+        if node.target is operator.getitem and node.args[0] is attention.node:
             return self._fused(node.args[0], index)
         if node.target in CONTRACTIONS:
             return self._contraction(node, index)

@@ -108,9 +108,9 @@ def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss
         return weigh(site(attention, beside))
     except (Refine, Segment) as request:
         detail = f"a view splits {request.label} in a way that no index follows"
-        miss = Refusal(Reason.LAYOUT, detail).miss(attention.softmax)
+        miss = Refusal(Reason.LAYOUT, detail).miss(attention.node)
     except Refusal as refusal:
-        miss = refusal.miss(attention.softmax)
+        miss = refusal.miss(attention.node)
     part = cropped(attention)
     verdict = judge(part, beside) if part else miss
     return verdict if isinstance(verdict, MLASite) else miss
@@ -172,10 +172,10 @@ def described(
     """The one structural rule."""
     softmax, value = split_value(terms, attention)
     score, logit_cap = uncapped(softmax.score)
-    scores, masks = split_score(score, softmax)
-    kv_c = cached(value, softmax)
     batch = tuple(x for x in softmax.rows if x not in shared)
     around = frozenset(batch + softmax.time)
+    scores, masks = split_score(score, softmax, around)
+    kv_c = cached(value, softmax)
     latent, rope, feature = split_keys(scores, kv_c, around, attention.root)
     weights = tuple(f for f in value.factors if f is not kv_c and isinstance(f, Leaf))
     projected = len(latent.query) > 1 or bool(weights)
@@ -204,7 +204,7 @@ def described(
         logit_cap=logit_cap,
         paging=find_paging(latent, rope, batch, softmax.time, masks),
         lse=attention.lse,
-        softmax=attention.softmax,
+        softmax=attention.node,
     )
     check_labels(found, value)
     check(found)
@@ -281,7 +281,7 @@ def check(found: MLASite) -> None:
 
 def check_private(expanded: set[Node], attention: Attention, beside: Collection[Node]) -> None:
     """Nobody else needs the scores or what is expanded for them."""
-    replaced = {attention.root, attention.softmax, *attention.lse, *beside}
+    replaced = {attention.root, attention.node, *attention.lse, *beside}
     private = expanded - {attention.root} | ({attention.scores} if attention.scores else set())
     for node in sorted(private, key=str):
         if thief := escape(node, replaced):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -146,7 +148,7 @@ class Emitter:
             max_seqlen_q=span(site.queries),
             causal=site.causal,
             attn_mask=attn_mask,
-            mask_fill=None if mask_fill == float("-inf") else mask_fill,
+            mask_fill=None if mask_fill == -inf else mask_fill,
             logit_cap=site.logit_cap,
         )
         return self.output(out, site), *(self.lse(lse, node, site) for node in site.lse)
@@ -185,24 +187,18 @@ class Emitter:
     def mask(self, site: MLASite) -> tuple[Tensor | None, float]:
         """One mask, broadcastable to [B, N, Sq, Skv], and what a False in it stands for."""
         groups = (site.batch, site.heads, site.queries, site.time)
-        keep: Tensor | None = None
-        bias: Tensor | None = None
-        fill = float("-inf")
-        for mask in site.masks:
-            tensor = self.view(mask.leaf, groups)
-            if mask.fill is None:
-                added = tensor * mask.scale if mask.scale != 1 else tensor
-                bias = added if bias is None else bias + added
-            else:
-                tensor = tensor if mask.keep else ~tensor
-                keep = tensor if keep is None else keep & tensor
-                fill = mask.fill
+        tensors = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
+        keeps = [t if m.keep else ~t for m, t in tensors if m.fill is not None]
+        biases = [t * m.scale if m.scale != 1 else t for m, t in tensors if m.fill is None]
+        keep = functools.reduce(operator.and_, keeps) if keeps else None
+        bias = functools.reduce(operator.add, biases) if biases else None
+        fill = next((m.fill for m in site.masks if m.fill is not None), -inf)
         if keep is None or bias is None:
             return (bias if keep is None else keep), fill
         wide = torch.promote_types(bias.dtype, torch.float32)
-        lowest = fill if fill == float("-inf") else max(fill, torch.finfo(wide).min)
+        lowest = fill if fill == -inf else max(fill, torch.finfo(wide).min)
         hidden = bias.new_full((), lowest, dtype=wide)
-        return torch.where(keep, bias.to(wide), hidden), float("-inf")
+        return torch.where(keep, bias.to(wide), hidden), -inf
 
     def seq_lens(self, site: MLASite) -> Tensor | None:
         if site.lengths is None and site.paging is None:
@@ -218,7 +214,7 @@ class Emitter:
         lengths = lengths.expand(span(site.batch)).contiguous()
         if site.lengths is None:
             return lengths
-        if site.lengths.fill == float("-inf"):
+        if site.lengths.fill == -inf:
             return lengths.clamp(min=0, max=Skv)
         return torch.where(lengths > 0, lengths.clamp(max=Skv), Skv)
 

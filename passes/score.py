@@ -74,19 +74,22 @@ def uncapped(score: tuple[Term, ...]) -> tuple[tuple[Term, ...], float]:
 
 
 def split_score(
-    score: tuple[Term, ...], softmax: Softmax
-) -> tuple[list[tuple[Term, Leaf]], tuple[Mask, ...]]:
-    """The contractions with the cache, and what is added to them or put in their place."""
+    score: tuple[Term, ...], softmax: Softmax, around: frozenset[Label]
+) -> tuple[list[ScoreTerm], tuple[Mask, ...]]:
+    """The contractions with the cache, and what is added to them or put in their place.
+
+    A row of a cache has a feature, beside the labels `around` it.
+    """
     contractions, masks = [], []
     for term in score:
         factor = term.factors[0]
         if term.summed:
-            contractions.append((term, cached(term, softmax)))
-        elif term.scalars or len(term.factors) != 1:
+            contractions.append(score_term(term, cached(term, softmax), around))
+        elif term.scalars or len(term.factors) != 1 or not isinstance(factor, (Mask, Leaf)):
             raise Refusal(Reason.MASK, f"a mask is a product: {term.factors}")
         elif isinstance(factor, Mask):
             masks.append(replace(factor, fill=factor.fill * term.scale))
-        elif isinstance(factor, Leaf):
+        else:
             masks.append(Mask(factor, scale=term.scale))
     if not contractions:
         leaf = score[0].factors[0]
@@ -95,6 +98,24 @@ def split_score(
         scaled = node is not None and node.target in SCALINGS
         raise Refusal(Reason.SCALE if scaled else Reason.SCORE, detail, node)
     return contractions, tuple(masks)
+
+
+def score_term(term: Term, key: Leaf, around: frozenset[Label]) -> ScoreTerm:
+    feature = feature_of(key, around)
+    query = tuple(f for f in term.factors if f is not key)
+    if feature not in term.summed or not query or not all(isinstance(f, Leaf) for f in query):
+        raise Refusal(Reason.SCORE, f"the key {key} is not contracted over {feature}")
+    if not term.summed <= key.labels.union(*(f.labels for f in query)):
+        detail = "the scores are a sum over a dimension that nothing depends on"
+        raise Refusal(Reason.SCORE, detail)
+    return ScoreTerm(query, key, feature, term.scale, term.scalars)
+
+
+def feature_of(leaf: Leaf, around: frozenset[Label]) -> Label:
+    features = leaf.labels - around
+    if len(features) != 1:
+        raise Refusal(Reason.LAYOUT, f"{leaf} has {len(features)} feature dimensions, not one")
+    return next(iter(features))
 
 
 def split_masks(
@@ -199,18 +220,11 @@ def check_masks(masks: tuple[Mask, ...]) -> None:
 
 
 def split_keys(
-    scores: list[tuple[Term, Leaf]], kv_c: Leaf, around: frozenset[Label], root: Node
+    scores: list[ScoreTerm], kv_c: Leaf, around: frozenset[Label], root: Node
 ) -> tuple[ScoreTerm, ScoreTerm | None, Label]:
-    """The latent and the rope contraction, and the feature label of the values.
-
-    A row of a cache has a feature, beside the labels `around` it.
-    """
+    """The latent and the rope contraction, and the feature label of the values."""
     value = feature_of(kv_c, around)
-    pieces = [
-        piece
-        for term, key in scores
-        for piece in cut_at_value(score_term(term, key, around), kv_c, value)
-    ]
+    pieces = [piece for term in scores for piece in cut_at_value(term, kv_c, value)]
     latents = [p for p in pieces if is_latent(p, kv_c, value)]
     ropes = [p for p in pieces if p not in latents]
     if len(latents) != 1:
@@ -225,24 +239,6 @@ def split_keys(
             detail = f"{leaf} does not run over every sequence and token"
             raise Refusal(Reason.LAYOUT, detail, leaf.node)
     return latents[0], ropes[0] if ropes else None, value
-
-
-def feature_of(leaf: Leaf, around: frozenset[Label]) -> Label:
-    features = leaf.labels - around
-    if len(features) != 1:
-        raise Refusal(Reason.LAYOUT, f"{leaf} has {len(features)} feature dimensions, not one")
-    return next(iter(features))
-
-
-def score_term(term: Term, key: Leaf, around: frozenset[Label]) -> ScoreTerm:
-    feature = feature_of(key, around)
-    query = tuple(f for f in term.factors if f is not key)
-    if feature not in term.summed or not query or not all(isinstance(f, Leaf) for f in query):
-        raise Refusal(Reason.SCORE, f"the key {key} is not contracted over {feature}")
-    if not term.summed <= key.labels.union(*(f.labels for f in query)):
-        detail = "the scores are a sum over a dimension that nothing depends on"
-        raise Refusal(Reason.SCORE, detail)
-    return ScoreTerm(query, key, feature, term.scale, term.scalars)
 
 
 def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 from torch.fx import Graph, Node
 
@@ -67,7 +68,7 @@ class RowSum:
 class Normalised:
     """A softmax of `scores` over `axis`: `node`, or `node` over `total` where that is not None.
 
-    A fused attention call is one without `scores`.  `sums` are all of the same scores.
+    A fused attention call is one without `scores`.  `sums` are all of the graph.
     """
 
     node: Node
@@ -77,8 +78,8 @@ class Normalised:
     sums: tuple[RowSum, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attention(Normalised):
     """A softmax, the `contraction` that consumes it, and the `path` from it to the `root`.
 
     The root is the contraction or, with a `total`, the division after it; that of a fused call is
@@ -86,10 +87,6 @@ class Attention:
     is used elsewhere.
     """
 
-    softmax: Node
-    scores: Node | None
-    axis: int
-    total: Node | None
     contraction: Node
     root: Node
     path: frozenset[Node]
@@ -98,24 +95,22 @@ class Attention:
 
 def find_softmaxes(graph: Graph) -> list[Normalised]:
     """Every softmax of the graph, in order, however it is written."""
-    sums = list(row_sums(graph))
+    sums = tuple(row_sums(graph))
     found = [Normalised(n) for n in graph.nodes if n.target in FUSED_ATTENTION]
-    for row_sum in sums:
-        exponential, total, axis = row_sum.exponential, row_sum.total, row_sum.axis
-        scores = unshifted(row_sum.scores, axis)
-        same = of_scores(sums, scores, axis)
-        divided = [d for e in copies(exponential) for d in e.users if divides_by(d, e, total, axis)]
-        nodes = (without_empty_rows(d, scores) for d in divided)
-        found += [Normalised(node, scores, axis, None, same) for node in nodes]
+    for s in sums:
+        scores = unshifted(s.scores, s.axis)
+        numerators = ((user, e) for e in copies(s.exponential) for user in e.users)
+        divided = [user for user, e in numerators if divides_by(user, e, s.total, s.axis)]
+        nodes = (without_empty_rows(division, scores) for division in divided)
+        found += [Normalised(node, scores, s.axis, None, sums) for node in nodes]
         if not divided:
-            found.append(Normalised(exponential, scores, axis, total, same))
+            found.append(Normalised(s.exponential, scores, s.axis, s.total, sums))
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential)
-        for row_sum in sums if shift is not None else ():
-            same = of_scores([row_sum], scores, row_sum.axis)
-            if same and per_row(shift, scores, row_sum.axis) in row_sum.logarithms():
-                same = of_scores(sums, scores, row_sum.axis)
-                found.append(Normalised(exponential, scores, row_sum.axis, None, same))
+        for s in sums if shift is not None else ():
+            same = original(s.scores) is original(scores)
+            if same and per_row(shift, scores, s.axis) in s.logarithms():
+                found.append(Normalised(exponential, scores, s.axis, None, sums))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
@@ -128,10 +123,6 @@ def row_sums(graph: Graph) -> Iterator[RowSum]:
         scores, shift = split_shift(exponential)
         if shift is None or per_row(shift, scores, axis) is not None:
             yield RowSum(total, exponential, scores, shift, axis)
-
-
-def of_scores(sums: list[RowSum], scores: Node, axis: int) -> tuple[RowSum, ...]:
-    return tuple(s for s in sums if s.axis == axis and original(s.scores) is original(scores))
 
 
 def split_shift(exponential: Node) -> tuple[Node, Node | None]:
@@ -208,13 +199,28 @@ def sees_nothing(condition: Node, scores: Node) -> bool:
         if condition.target is not target:
             return False
         condition = condition.args[0]
-    hidden = condition.target is aten.eq.Scalar and condition.args[1] == float("-inf")
+    hidden = condition.target is aten.eq.Scalar and condition.args[1] == -inf
     return hidden and strip(condition.args[0]) is strip(scores)
 
 
 def is_attention(softmax: Normalised) -> bool:
-    """It weighs something; a router's probabilities do not."""
-    return softmax.scores is None or weighs(softmax.node)
+    """The weights, or something made of them element by element, are summed up in a contraction.
+
+    A router's probabilities are not.
+    """
+
+    def made(node: Node) -> list[Node]:
+        same = [u for u in node.users if is_tensor(u) and not sums(u) and same_shape(u, node)]
+        return same + [u for u in node.users if u.target in CARRIERS]
+
+    def sums(node: Node) -> bool:
+        return node.target is aten.sum.dim_IntList
+
+    return softmax.scores is None or any(
+        user.target in CONTRACTIONS or (sums(user) and original(node) is not softmax.node)
+        for node in reached(softmax.node, made)
+        for user in node.users
+    )
 
 
 def has_queries(softmax: Normalised) -> bool:
@@ -235,31 +241,15 @@ def has_queries(softmax: Normalised) -> bool:
     return any(node.op == "placeholder" or contracts(node) for node in before)
 
 
-def weighs(weights: Node) -> bool:
-    """The weights, or something made of them element by element, are summed up in a contraction."""
-
-    def made(node: Node) -> list[Node]:
-        same = [u for u in node.users if is_tensor(u) and not sums(u) and same_shape(u, node)]
-        return same + [u for u in node.users if u.target in CARRIERS]
-
-    def sums(node: Node) -> bool:
-        return node.target is aten.sum.dim_IntList
-
-    return any(
-        user.target in CONTRACTIONS or (sums(user) and original(node) is not weights)
-        for node in reached(weights, made)
-        for user in node.users
-    )
-
-
 def attention_of(softmax: Normalised) -> Attention:
     """The softmax and the contraction that consumes it.  Refuses if anything else does."""
-    node, scores, axis, total = softmax.node, softmax.scores, softmax.axis, softmax.total
-    if scores is None:
+    node, total = softmax.node, softmax.total
+    if softmax.scores is None:
         used = [u for u in node.users if u.users]
         if [u.args[1] for u in used] != [0]:
             raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used")
-        return Attention(node, None, axis, None, used[0], used[0], frozenset({node, used[0]}))
+        (root,) = used
+        return Attention(node, contraction=root, root=root, path=frozenset({node, root}))
     contraction, path = consumer(softmax)
     root = contraction
     while total is not None and not is_division(root):
@@ -269,9 +259,10 @@ def attention_of(softmax: Normalised) -> Attention:
             raise Refusal(Reason.SOFTMAX, detail, root)
         root = after
         path |= {root}
-    logarithms = [log for row_sum in softmax.sums for log in row_sum.logarithms()]
+    same = (s for s in softmax.sums if original(s.scores) is original(softmax.scores))
+    logarithms = (log for s in same if s.axis == softmax.axis for log in s.logarithms())
     lse = tuple(log for log in logarithms if escape(log, {root, node}))
-    return Attention(node, scores, axis, total, contraction, root, path, lse)
+    return Attention(**vars(softmax), contraction=contraction, root=root, path=path, lse=lse)
 
 
 def cropped(attention: Attention) -> Attention | None:
@@ -294,9 +285,9 @@ def only_reader(node: Node, others: Collection[object]) -> Node | None:
 def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
     """The one contraction that the weights end in, and the way to it; their sums do not count."""
     node, path, beside = softmax.node, {softmax.node}, set()
-    for row_sum in softmax.sums if softmax.total is not None else ():
-        summed = row_sum.total
-        while row_sum.exponential is softmax.node is not summed:
+    for s in softmax.sums if softmax.total is not None else ():
+        summed = s.total
+        while s.exponential is node is not summed:
             beside.add(summed)
             summed = summed.args[0]
     while True:
