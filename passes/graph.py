@@ -102,11 +102,6 @@ def plain(n: Size) -> Size:
     return n
 
 
-def hint(n: Size) -> int:
-    """The size that was seen when the graph was traced; for choices that are right at any size."""
-    return n if isinstance(n, int) else n.node.hint or 0
-
-
 def shape(node: Node) -> tuple[Size, ...]:
     return tuple(node.meta["val"].shape)
 

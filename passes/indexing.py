@@ -255,7 +255,10 @@ def _copy(node: Node, index: Index) -> Read:
 
 
 def _reshape(node: Node, index: Index) -> Read:
-    """The digits of the whole index, dealt out anew to the dimensions of the source."""
+    """The digits of the whole index, dealt out anew to the dimensions of the source.
+
+    Where one is on both sides of a border a constant is split, and a label has to be refined.
+    """
     digits = [d for entry in index for d in entry if not equal(d.base, 1)]
     entries: list[Entry] = []
     for size in reversed(shape(node.args[0])):
@@ -270,25 +273,17 @@ def _reshape(node: Node, index: Index) -> Read:
                 inner = size // span
                 if not (equal(span * inner, size) and divides(inner, digit.base)):
                     return None
-                if (parts := split_digit(digit, inner)) is None:
+                sizes = (digit.offset, digit.label.size) if isinstance(digit.label, Label) else ()
+                if sizes and all(divides(inner, n) for n in sizes):
+                    raise Refine(digit.label, inner)
+                if digit.label is not None:
                     return None
-                digits.append(parts[0])
-                digit, reach = parts[1], size
+                digits.append(Digit(None, digit.offset // inner, digit.base // inner))
+                digit, reach = Digit(None, digit.offset % inner, inner), size
             entry.insert(0, digit)
             span = reach
         entries.insert(0, tuple(entry))
     return None if digits else (node.args[0], tuple(entries))
-
-
-def split_digit(digit: Digit, inner: Size) -> tuple[Digit, Digit] | None:
-    """Write a constant as two digits, the inner of radix `inner`; ask for a label to be refined."""
-    if digit.label is None:
-        outer = Digit(None, digit.offset // inner, digit.base // inner)
-        return outer, Digit(None, digit.offset % inner, inner)
-    sizes = (digit.offset, digit.label.size) if isinstance(digit.label, Label) else ()
-    if sizes and all(divides(inner, n) for n in sizes):
-        raise Refine(digit.label, inner)
-    return None
 
 
 def _permute(node: Node, index: Index) -> Read:

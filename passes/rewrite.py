@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import Size, dtype, equal, hint, shape
+from mla_compile.passes.graph import Size, dtype, equal, shape
 from mla_compile.passes.indexing import Group, Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
@@ -130,16 +130,12 @@ class Emitter:
         """The values of the root and of the site's lse nodes."""
         rows = (*site.batch, *site.queries), site.heads
         kv_c, k_pe = self.caches(site)
-        q_nope = self.query(site.latent, rows, site.latent.scale).to(kv_c.dtype)
-        q_pe = (
-            self.query(site.rope, rows, site.latent.scale).to(kv_c.dtype)
-            if site.rope
-            else q_nope[..., :0]
-        )
+        q_nope = self.query(site.latent, rows, site.latent.scale)
+        q_pe = self.query(site.rope, rows, site.latent.scale) if site.rope else q_nope[..., :0]
         attn_mask, mask_fill = self.mask(site)
         out, lse = DECODE(
-            unit_stride(q_nope),
-            unit_stride(q_pe),
+            unit_stride(q_nope.to(kv_c.dtype)),
+            unit_stride(q_pe.to(kv_c.dtype)),
             kv_c,
             k_pe,
             site.latent.scale,
@@ -317,7 +313,8 @@ def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
 def like(node: Node, tensor: Tensor) -> Tensor:
     """The tensor in the node's shape and type, and its order in memory: later views rely on it."""
     tensor = reshape(tensor, shape(node)).to(dtype(node))
-    strides = [hint(n) for n in node.meta["val"].stride()]
+    # As it was when traced: a choice that is right at any size.
+    strides = [n if isinstance(n, int) else n.node.hint or 0 for n in node.meta["val"].stride()]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     if order == sorted(order):
         return tensor.contiguous()
