@@ -30,7 +30,7 @@ FUSED_ATTENTION = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-# Views that add, drop and merge dimensions, all of one tensor under other names, and copies of it.
+# Copies of all of one tensor, the same numbers in other dimensions, and either in another order.
 COPIES = frozenset({aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default})
 RESHAPES = frozenset(f.default for f in (aten.view, aten.unsqueeze, aten.squeeze))
 RESHAPES |= {aten.squeeze.dim, aten.squeeze.dims}

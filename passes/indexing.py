@@ -339,13 +339,13 @@ def _slice_scatter(node: Node, index: Index) -> Read:
 
 
 def _pad(node: Node, index: Index) -> Read:
-    """Padding, where the index never reaches it."""
+    """Padding, where the index never reaches it.  Padded and cut alike, a tensor is shifted."""
     source: Node = node.args[0]
     read: Read = source, index
-    for dim, before in zip(reversed(range(len(index))), node.args[1][::2], strict=False):
-        size = shape(source)[dim]
-        if read and not equal(size, shape(node)[dim]):
-            read = pick_part(read[1], dim, [(before, size, source, 0)])
+    pads = [n.meta["val"] if isinstance(n, Node) else n for n in node.args[1]]
+    for dim, before, after in zip(range(len(index))[::-1], pads[::2], pads[1::2], strict=False):
+        if read and not (equal(before, 0) and equal(after, 0)):
+            read = pick_part(read[1], dim, [(before, shape(source)[dim], source, 0)])
     return read
 
 

@@ -183,12 +183,12 @@ class Emitter:
     def mask(self, site: MLASite) -> tuple[Tensor | None, float]:
         """One mask, broadcastable to [B, N, Sq, Skv], and what a False in it stands for."""
         groups = (site.batch, site.heads, site.queries, site.time)
-        tensors = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
-        keeps = [t if m.keep else ~t for m, t in tensors if m.fill is not None]
-        biases = [t * m.scale if m.scale != 1 else t for m, t in tensors if m.fill is None]
+        views = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
+        keeps = [x if mask.keep else ~x for mask, x in views if mask.fill is not None]
+        biases = [self.scaled(x, mask.scale, ()) for mask, x in views if mask.fill is None]
         keep = functools.reduce(operator.and_, keeps) if keeps else None
         bias = functools.reduce(operator.add, biases) if biases else None
-        fill = next((m.fill for m in site.masks if m.fill is not None), -inf)
+        fill = next((mask.fill for mask in site.masks if mask.fill is not None), -inf)
         if keep is None or bias is None:
             return (bias if keep is None else keep), fill
         wide = torch.promote_types(bias.dtype, torch.float32)

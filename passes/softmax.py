@@ -28,11 +28,11 @@ from mla_compile.passes.graph import (
     readers,
     same_shape,
     shape,
-    strip,
 )
 from mla_compile.passes.site import Reason, Refusal
 
-SAME = CASTS | COPIES  # numbers
+# The same numbers, at most in another type.
+SAME = CASTS | COPIES
 # What probabilities stay probabilities through, up to a factor.
 CARRIERS = RENAMES | CASTS | {aten.mul.Tensor, aten.slice.Tensor}
 
@@ -97,20 +97,20 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
     """Every softmax of the graph, in order, however it is written."""
     sums = tuple(row_sums(graph))
     found = [Normalised(n) for n in graph.nodes if n.target in FUSED_ATTENTION]
-    for s in sums:
-        scores = unshifted(s.scores, s.axis)
-        numerators = ((user, e) for e in copies(s.exponential) for user in e.users)
-        divided = [user for user, e in numerators if divides_by(user, e, s.total, s.axis)]
-        nodes = (without_empty_rows(division, scores) for division in divided)
-        found += [Normalised(node, scores, s.axis, None, sums) for node in nodes]
+    for row in sums:
+        scores = unshifted(row.scores, row.axis)
+        numerators = ((user, e) for e in copies(row.exponential) for user in e.users)
+        divided = [user for user, e in numerators if divides_by(user, e, row.total, row.axis)]
+        nodes = (without_empty_rows(division, scores, row.axis) for division in divided)
+        found += [Normalised(node, scores, row.axis, None, sums) for node in nodes]
         if not divided:
-            found.append(Normalised(s.exponential, scores, s.axis, s.total, sums))
+            found.append(Normalised(row.exponential, scores, row.axis, row.total, sums))
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
-        scores, shift = split_shift(exponential)
-        for s in sums if shift is not None else ():
-            same = original(s.scores) is original(scores)
-            if same and per_row(shift, scores, s.axis) in s.logarithms():
-                found.append(Normalised(exponential, scores, s.axis, None, sums))
+        scores, shift = split_shift(exponential.args[0])
+        for row in sums if shift is not None else ():
+            same = original(row.scores) is original(scores)
+            if same and per_row(shift, scores, row.axis) in row.logarithms():
+                found.append(Normalised(exponential, scores, row.axis, None, sums))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
@@ -120,36 +120,33 @@ def row_sums(graph: Graph) -> Iterator[RowSum]:
         if exponential.target is not aten.exp.default or len(total.args[1]) != 1:
             continue
         axis = total.args[1][0] % len(shape(exponential))
-        scores, shift = split_shift(exponential)
+        scores, shift = split_shift(exponential.args[0])
         if shift is None or per_row(shift, scores, axis) is not None:
             yield RowSum(total, exponential, scores, shift, axis)
 
 
-def split_shift(exponential: Node) -> tuple[Node, Node | None]:
-    """(x, m) where the argument of exp is x - m, else (its argument, None)."""
-    difference = original(exponential.args[0])
-    if difference.target is aten.sub.Tensor and is_tensor(difference.args[1]):
-        return difference.args
-    return exponential.args[0], None
+def split_shift(scores: Node) -> tuple[Node, Node | None]:
+    """(x, m) where they are x - m, else (they, None)."""
+    difference = original(scores)
+    subtracted = difference.target is aten.sub.Tensor and is_tensor(difference.args[1])
+    return difference.args if subtracted and not difference.kwargs else (scores, None)
 
 
 def unshifted(scores: Node, axis: int) -> Node:
     """The scores before something constant along the axis was subtracted: no softmax sees it."""
-    shifted = original(scores)
-    if shifted.target is not aten.sub.Tensor or not is_tensor(shifted.args[1]):
+    before, shift = split_shift(scores)
+    if shift is None or per_row(shift, scores, axis) is None:
         return scores
-    if per_row(shifted.args[1], shifted, axis) is None:
-        return scores
-    return unshifted(shifted.args[0], axis)
+    return unshifted(before, axis)
 
 
 def copies(node: Node) -> Iterator[Node]:
-    """The node and the casts of it."""
+    """The node, and its casts and copies."""
     return reached(node, lambda n: [user for user in n.users if user.target in SAME])
 
 
 def original(node: Node) -> Node:
-    """The node that this is a cast of."""
+    """The node behind casts and copies."""
     while node.target in SAME:
         node = node.args[0]
     return node
@@ -184,23 +181,25 @@ def divides_by(division: Node, numerator: Node, total: Node, axis: int) -> bool:
     return per_row(division.args[1], numerator, axis) is total
 
 
-def without_empty_rows(probabilities: Node, scores: Node) -> Node:
+def without_empty_rows(probabilities: Node, scores: Node, axis: int) -> Node:
     """The probabilities with rows that see no key set to zero, if the graph does that."""
     for user in probabilities.users:
         zeroed = user.target is aten.where.self and user.args[2] is probabilities
-        if zeroed and constant(user.args[1]) == 0 and sees_nothing(user.args[0], scores):
+        if zeroed and constant(user.args[1]) == 0 and sees_nothing(user.args[0], scores, axis):
             return user
     return probabilities
 
 
-def sees_nothing(condition: Node, scores: Node) -> bool:
-    """condition = not any(not (scores == -inf)), as ATen's safe softmax says it."""
+def sees_nothing(condition: Node, scores: Node, axis: int) -> bool:
+    """condition = not any(not (scores == -inf)) of the row, as ATen's safe softmax says it."""
+    if per_row(condition, scores, axis) is None:
+        return False
     for target in (aten.logical_not.default, aten.any.dim, aten.logical_not.default):
         if condition.target is not target:
             return False
         condition = condition.args[0]
     hidden = condition.target is aten.eq.Scalar and condition.args[1] == -inf
-    return hidden and strip(condition.args[0]) is strip(scores)
+    return hidden and original(condition.args[0]) is original(scores)
 
 
 def is_attention(softmax: Normalised) -> bool:
@@ -259,9 +258,9 @@ def attention_of(softmax: Normalised) -> Attention:
             raise Refusal(Reason.SOFTMAX, detail, root)
         root = after
         path |= {root}
-    same = (s for s in softmax.sums if original(s.scores) is original(softmax.scores))
-    logarithms = (log for s in same if s.axis == softmax.axis for log in s.logarithms())
-    lse = tuple(log for log in logarithms if escape(log, {root, node}))
+    scores = original(softmax.scores)
+    same = (x for x in softmax.sums if x.axis == softmax.axis and original(x.scores) is scores)
+    lse = tuple(log for row in same for log in row.logarithms() if escape(log, {root, node}))
     return Attention(**vars(softmax), contraction=contraction, root=root, path=path, lse=lse)
 
 
@@ -285,9 +284,9 @@ def only_reader(node: Node, others: Collection[object]) -> Node | None:
 def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
     """The one contraction that the weights end in, and the way to it; their sums do not count."""
     node, path, beside = softmax.node, {softmax.node}, set()
-    for s in softmax.sums if softmax.total is not None else ():
-        summed = s.total
-        while s.exponential is node is not summed:
+    for row in softmax.sums if softmax.total is not None else ():
+        summed = row.total
+        while row.exponential is node is not summed:
             beside.add(summed)
             summed = summed.args[0]
     while True:
