@@ -5,6 +5,7 @@ Sizes may be symbolic; no answer adds a guard.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,10 +19,9 @@ prims = torch.ops.prims
 Size = Any  # int or torch.SymInt
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+INTEGERS = frozenset({torch.int32, torch.int64})
 CASTS = frozenset({prims.convert_element_type.default})
-CONTRACTIONS = frozenset(
-    {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
-)
+CONTRACTIONS = frozenset(f.default for f in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm))
 FUSED_ATTENTION = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -30,27 +30,26 @@ FUSED_ATTENTION = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-# Views of all of one tensor under other names.
-RENAMES = frozenset(
-    {
-        aten.clone.default,
-        aten.alias.default,
-        aten.lift_fresh_copy.default,
-        aten.view.default,
-        aten.expand.default,
-        aten.permute.default,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-    }
-)
-
+# Copies of all of one tensor, the same numbers in other dimensions, and either in another order.
+COPIES = frozenset({aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default})
+RESHAPES = frozenset(f.default for f in (aten.view, aten.unsqueeze, aten.squeeze))
+RESHAPES |= {aten.squeeze.dim, aten.squeeze.dims}
+RENAMES = COPIES | RESHAPES | {aten.expand.default, aten.permute.default}
+SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default})
 
 # What was asked of symbolic sizes before: PyTorch takes 40 µs to compare two.
 _KNOWN: WeakKeyDictionary[ShapeEnv, dict[Any, bool]] = WeakKeyDictionary()
 
-SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default})
+
+def reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
+    """A node, then those that `step` gives for it, then those it gives for them, each once."""
+    seen, todo = {start}, [start]
+    while todo:
+        node = todo.pop()
+        yield node
+        new = [x for x in dict.fromkeys(step(node)) if x not in seen]
+        seen.update(new)
+        todo += new
 
 
 def readers(node: Node) -> list[Node]:
@@ -103,11 +102,6 @@ def plain(n: Size) -> Size:
     return n
 
 
-def hint(n: Size) -> int:
-    """The size that was seen when the graph was traced; for choices that are right at any size."""
-    return n if isinstance(n, int) else n.node.hint or 0
-
-
 def shape(node: Node) -> tuple[Size, ...]:
     return tuple(node.meta["val"].shape)
 
@@ -124,10 +118,13 @@ def is_scalar_tensor(value: Any) -> bool:
     return is_tensor(value) and not shape(value)
 
 
+def same_shape(a: Node, b: Node) -> bool:
+    return len(shape(a)) == len(shape(b)) and all(map(equal, shape(a), shape(b)))
+
+
 def argument(node: Node, name: str, default: Any = None) -> Any:
     """An argument of an ATen call by its schema name; a SymInt argument as its value."""
-    names = [a.name for a in node.target._schema.arguments]
-    position = names.index(name)
+    position = [a.name for a in node.target._schema.arguments].index(name)
     value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
     if isinstance(value, Node) and not is_tensor(value):
         value = value.meta["val"]
@@ -142,17 +139,13 @@ def constant(value: Any) -> float | None:
         return None
     if value.target is aten.full.default:
         return constant(value.args[1])
-    if (
-        value.target is aten.scalar_tensor.default
-        or value.target in RENAMES
-        or value.target in CASTS
-    ):
+    if value.target in RENAMES | CASTS | {aten.scalar_tensor.default}:
         return constant(value.args[0])
     return None
 
 
 def strip(node: Node) -> Node:
     """The tensor behind views of all of it and casts."""
-    while node.op == "call_function" and (node.target in RENAMES or node.target in CASTS):
+    while node.target in RENAMES | CASTS:
         node = node.args[0]
     return node

@@ -2,19 +2,38 @@
 
 Every loop index is a `Label`.  An index has one entry per tensor dimension, and an entry is a tuple
 of mixed-radix `Digit`s, outermost first; a dimension of size one has the empty entry.  A view does
-not move data, so it only rewrites the index: `views.relabel(node, index)` gives the tensor that
-`node[index]` really reads and the index it is read at.
+not move data, so it only rewrites the index: `relabel(node, index)` gives the tensor that
+`node[index]` really reads and the index it is read at, by one rule an operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, repeat
 from math import prod
+from typing import Any, TypeVar
 
 from torch.fx import Node
 
-from mla_compile.passes.graph import Size, divides, equal, expression, plain, shape
+from mla_compile.passes.graph import (
+    COPIES,
+    INTEGERS,
+    RESHAPES,
+    Size,
+    argument,
+    aten,
+    divides,
+    dtype,
+    equal,
+    expression,
+    plain,
+    shape,
+    true,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,27 +67,23 @@ class Digit:
 
     @property
     def full(self) -> bool:
-        return (
-            isinstance(self.label, Label)
-            and equal(self.offset, 0)
-            and equal(self.label.size, self.base)
-        )
+        whole = isinstance(self.label, Label) and equal(self.offset, 0)
+        return whole and equal(self.label.size, self.base)
 
-    def key(self, rename: dict[Label, str]) -> tuple[object, ...]:
-        name: object = None
-        if isinstance(self.label, Label):
-            name = rename.get(self.label, self.label)
-        elif self.label is not None:
-            name = self.label.key(rename)
-        return name, expression(self.offset), expression(self.base)
+    @property
+    def key(self) -> tuple[object, ...]:
+        label = self.label.key if isinstance(self.label, Leaf) else self.label
+        return label, expression(self.offset), expression(self.base)
 
     def __repr__(self) -> str:
         shift = "" if self.full or equal(self.offset, 0) else f"+{self.offset}"
         return f"{self.label or ''}{shift}" or "0"
 
 
+Group = tuple[Label, ...]
 Entry = tuple[Digit, ...]
 Index = tuple[Entry, ...]
+Read = tuple[Node, Index] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +103,10 @@ class Leaf:
         entries = enumerate(self.index)
         return [(dim, d.label) for dim, e in entries for d in e if isinstance(d.label, Leaf)]
 
-    def key(self, rename: dict[Label, str]) -> tuple[object, ...]:
-        """Equal for reads of the same element, up to the names of labels."""
-        return self.node, tuple(tuple(d.key(rename) for d in entry) for entry in self.index)
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for reads of the same element."""
+        return self.node, tuple(tuple(d.key for d in entry) for entry in self.index)
 
     def __repr__(self) -> str:
         return f"{self.node.name}[{', '.join('·'.join(map(repr, e)) or '0' for e in self.index)}]"
@@ -100,27 +116,41 @@ class Refine(Exception):
     """`label` must be split into an outer and an inner label, the inner one of size `inner`."""
 
     def __init__(self, label: Label, inner: Size):
-        self.label, self.inner = label, inner
+        self.label = label
+        self.outer = Label(f"{label}o", label.size // inner)
+        self.inner = Label(f"{label}i", inner)
+
+    def split(self, digit: Digit) -> Entry:
+        inner = self.inner.size
+        if not (divides(inner, digit.offset) and divides(inner, digit.base)):
+            raise self
+        return Digit(self.outer, digit.offset // inner, digit.base // inner), *whole(self.inner)
 
 
 class Segment(Exception):
-    """`label` must be cut into consecutive ranges of these `sizes`."""
+    """`label` must be cut into consecutive `parts`, labels that begin at an offset in it."""
 
-    def __init__(self, label: Label, sizes: tuple[Size, ...]):
-        self.label, self.sizes = label, sizes
+    def __init__(self, label: Label, sizes: list[Size]):
+        self.label = label
+        begins = accumulate(sizes, initial=0)
+        self.parts = [(Label(f"{label}@{b}", n), b) for b, n in zip(begins, sizes, strict=False)]
+
+
+def every_digit(index: Index) -> Iterator[Digit]:
+    """The digits of an index and of those it is read at."""
+    for digit in (d for entry in index for d in entry):
+        yield digit
+        if isinstance(digit.label, Leaf):
+            yield from every_digit(digit.label.index)
+
+
+def every_label(index: Index) -> list[Label]:
+    """The labels of an index, as often as it reads them."""
+    return [d.label for d in every_digit(index) if isinstance(d.label, Label)]
 
 
 def labels_of(index: Index) -> frozenset[Label]:
     return frozenset(every_label(index))
-
-
-def every_label(index: Index) -> Iterator[Label]:
-    """The labels of an index, as often as it reads them."""
-    for digit in (d for entry in index for d in entry):
-        if isinstance(digit.label, Label):
-            yield digit.label
-        elif digit.label is not None:
-            yield from every_label(digit.label.index)
 
 
 def whole(label: Label) -> Entry:
@@ -130,25 +160,32 @@ def whole(label: Label) -> Entry:
 
 def substitute(index: Index, label: Label, new: Callable[[Digit], Entry]) -> Index:
     """The index with the digits of one label replaced."""
-    return tuple(
-        tuple(x for d in entry for x in (new(d) if d.label is label else (d,))) for entry in index
-    )
 
+    def replaced(d: Digit) -> Entry:
+        if d.label is label:
+            return new(d)
+        if not isinstance(d.label, Leaf):
+            return (d,)
+        table = Leaf(d.label.node, substitute(d.label.index, label, new))
+        return (Digit(table, d.offset, d.base),)
 
-def refined(index: Index, refine: Refine, outer: Label, inner: Label) -> Index:
-    """An index with the digit of one label written as two."""
-
-    def two(d: Digit) -> Entry:
-        if not (divides(inner.size, d.offset) and divides(inner.size, d.base)):
-            raise refine
-        return Digit(outer, d.offset // inner.size, d.base // inner.size), *whole(inner)
-
-    return substitute(index, refine.label, two)
+    return tuple(tuple(x for d in entry for x in replaced(d)) for entry in index)
 
 
 def narrowed(index: Index, label: Label, part: Label, begin: Size) -> Index:
     """An index with one label restricted to the part of it that begins there."""
     return substitute(index, label, lambda d: (Digit(part, d.offset + begin, d.base),))
+
+
+def refining(index: Index, body: Callable[[Index], T]) -> T:
+    """body(index), the index's own labels split as far as the body asks for it."""
+    while True:
+        try:
+            return body(index)
+        except Refine as refine:
+            if refine.label not in labels_of(index):
+                raise
+            index = substitute(index, refine.label, refine.split)
 
 
 def squeeze(node: Node, index: Index) -> Index:
@@ -166,11 +203,65 @@ def outermost(entry: Entry) -> tuple[Digit, Size]:
     return entry[0], prod((d.base for d in entry[1:]), start=1)
 
 
-def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | None:
-    """The index into shape `old` that reads what `index` reads in the reshaped `new`, or None."""
+def shifted(source: Node, index: Index, dim: int, start: Size) -> Read:
+    """Read `source` with an index into its slice that begins at `start` along `dim`."""
+    entry, size = index[dim], shape(source)[dim]
+    first, span = outermost(entry) if entry else (Digit(None, 0, 1), 1)
+    if not (equal(start, 0) and equal(span * first.base, size)):
+        if isinstance(first.label, Leaf) or not (divides(span, start) and divides(span, size)):
+            return None
+        entry = Digit(first.label, first.offset + start // span, size // span), *entry[1:]
+    return source, (*index[:dim], entry, *index[dim + 1 :])
+
+
+def pick_part(index: Index, dim: int, parts: list[tuple[Size, Size, Node, Size]]) -> Read:
+    """Read a tensor made of consecutive parts along `dim` from the one the index is in.
+
+    A part is where it begins, its length, the tensor it is of, and where it begins in that.
+    """
+    if not index[dim]:
+        return None
+    first, span = outermost(index[dim])
+    divided = all(divides(span, n) for begin, length, *_ in parts for n in (begin, length))
+    if isinstance(first.label, Leaf) or not divided:
+        return None
+    low, high = first.offset, first.offset + (first.label.size if first.label else 1)
+    cuts = []
+    for part_begin, length, source, offset in parts:
+        begin, end = part_begin // span, (part_begin + length) // span
+        if true(low >= begin) and true(high <= end):
+            local = Digit(first.label, low - begin, end - begin), *index[dim][1:]
+            entry = tuple(d for d in local if not equal(d.base, 1))
+            return shifted(source, (*index[:dim], entry, *index[dim + 1 :]), dim, offset)
+        inside = (end if true(end <= high) else high) - (begin if true(begin >= low) else low)
+        if true(inside > 0):
+            cuts.append(inside)
+    if isinstance(first.label, Label) and len(cuts) > 1 and equal(sum(cuts), first.label.size):
+        raise Segment(first.label, cuts)
+    return None
+
+
+def _axis(node: Node, rank: int) -> int:
+    return int(argument(node, "dim", 0)) % rank
+
+
+def _same(node: Node, index: Index) -> Read:
+    return node.args[0], broadcast(node.args[0], index)
+
+
+def _copy(node: Node, index: Index) -> Read:
+    source = node.args[1]
+    return (source, broadcast(source, index)) if dtype(source) == dtype(node) else None
+
+
+def _reshape(node: Node, index: Index) -> Read:
+    """The digits of the whole index, dealt out anew to the dimensions of the source.
+
+    Where one is on both sides of a border a constant is split, and a label has to be refined.
+    """
     digits = [d for entry in index for d in entry if not equal(d.base, 1)]
     entries: list[Entry] = []
-    for size in reversed(list(old)):
+    for size in reversed(shape(node.args[0])):
         entry: list[Digit] = []
         span: Size = 1
         while not equal(span, size):
@@ -182,40 +273,123 @@ def regroup(index: Index, old: Iterable[Size], new: Iterable[Size]) -> Index | N
                 inner = size // span
                 if not (equal(span * inner, size) and divides(inner, digit.base)):
                     return None
-                parts = split_digit(digit, inner)
-                if parts is None:
+                sizes = (digit.offset, digit.label.size) if isinstance(digit.label, Label) else ()
+                if sizes and all(divides(inner, n) for n in sizes):
+                    raise Refine(digit.label, inner)
+                if digit.label is not None:
                     return None
-                outer, digit = parts
-                digits.append(outer)
-                reach = size
+                digits.append(Digit(None, digit.offset // inner, digit.base // inner))
+                digit, reach = Digit(None, digit.offset % inner, inner), size
             entry.insert(0, digit)
             span = reach
-        entries.append(tuple(entry))
-    return tuple(reversed(entries)) if not digits else None
+        entries.insert(0, tuple(entry))
+    return None if digits else (node.args[0], tuple(entries))
 
 
-def split_digit(digit: Digit, inner: Size) -> tuple[Digit, Digit] | None:
-    """Write a constant as two digits, the inner of radix `inner`; ask for a label to be refined."""
-    if digit.label is None:
-        return Digit(None, digit.offset // inner, digit.base // inner), Digit(
-            None, digit.offset % inner, inner
-        )
-    if (
-        isinstance(digit.label, Label)
-        and divides(inner, digit.offset)
-        and divides(inner, digit.label.size)
-    ):
-        raise Refine(digit.label, inner)
-    return None
+def _permute(node: Node, index: Index) -> Read:
+    entries = {dim % len(index): entry for dim, entry in zip(node.args[1], index, strict=True)}
+    return node.args[0], tuple(entries[dim] for dim in range(len(index)))
 
 
-def shift(entry: Entry, start: Size, size: Size) -> Entry | None:
-    """The entry into a dimension of `size` for an entry into its slice that begins at `start`."""
-    if not entry:
-        return () if equal(size, 1) else (Digit(None, start, size),)
-    first, span = outermost(entry)
-    if equal(start, 0) and equal(span * first.base, size):
-        return entry
-    if isinstance(first.label, Leaf) or not (divides(span, start) and divides(span, size)):
+def _slice(node: Node, index: Index) -> Read:
+    source: Node = node.args[0]
+    dim = _axis(node, len(index))
+    size, start = shape(source)[dim], argument(node, "start", 0)
+    if isinstance(start, int) and start < 0:
+        start = start + size
+    inside = argument(node, "step", 1) == 1 and true(start >= 0) and true(start <= size)
+    return shifted(source, index, dim, start) if inside else None
+
+
+def _select(node: Node, index: Index) -> Read:
+    sizes, at = shape(node.args[0]), argument(node, "index")
+    dim = _axis(node, len(sizes))
+    size = sizes[dim]
+    entry = (Digit(None, at + size if isinstance(at, int) and at < 0 else at, size),)
+    return node.args[0], (*index[:dim], entry, *index[dim:])
+
+
+def _piece(node: Node, index: Index) -> Read:
+    pieces, which = node.args
+    if pieces.target not in (aten.split_with_sizes.default, aten.split.Tensor):
         return None
-    return Digit(first.label, first.offset + start // span, size // span), *entry[1:]
+    dim = _axis(pieces, len(index))
+    start = sum((v.shape[dim] for v in pieces.meta["val"][:which]), start=0)
+    return shifted(pieces.args[0], index, dim, start)
+
+
+def _cat(node: Node, index: Index) -> Read:
+    sources, dim = node.args[0], _axis(node, len(index))
+    if any(len(shape(source)) != len(index) for source in sources):
+        return None
+    lengths = [shape(source)[dim] for source in sources]
+    parts = zip(accumulate(lengths, initial=0), lengths, sources, repeat(0), strict=False)
+    return pick_part(index, dim, list(parts))
+
+
+def _slice_scatter(node: Node, index: Index) -> Read:
+    base, source = node.args[:2]
+    dim, start = _axis(node, len(index)), argument(node, "start", 0)
+    if argument(node, "step", 1) != 1 or not true(start >= 0):
+        return None
+    size, length = shape(node)[dim], shape(source)[dim]
+    end = start + length
+    parts = [(0, start, base, 0), (start, length, source, 0), (end, size - end, base, end)]
+    return pick_part(index, dim, parts)
+
+
+def _pad(node: Node, index: Index) -> Read:
+    """Padding, where the index never reaches it.  Padded and cut alike, a tensor is shifted."""
+    source: Node = node.args[0]
+    read: Read = source, index
+    pads = [n.meta["val"] if isinstance(n, Node) else n for n in node.args[1]]
+    for dim, before, after in zip(range(len(index))[::-1], pads[::2], pads[1::2], strict=False):
+        if read and not (equal(before, 0) and equal(after, 0)):
+            read = pick_part(read[1], dim, [(before, shape(source)[dim], source, 0)])
+    return read
+
+
+def _gather(node: Node, index: Index) -> Read:
+    """`source[..., table, ...]` with one integer tensor: read where the table says."""
+    source: Node = node.args[0]
+    tables = [(dim, t) for dim, t in enumerate(node.args[1]) if t is not None]
+    if len(tables) != 1 or dtype(tables[0][1]) not in INTEGERS:
+        return None
+    ((dim, table),) = tables
+    after = dim + len(shape(table))
+    entry = (Digit(settle(table, index[dim:after]), 0, shape(source)[dim]),)
+    return source, (*index[:dim], entry, *index[after:])
+
+
+_RULES: dict[Any, Callable[[Node, Index], Read]] = {
+    **dict.fromkeys({*COPIES, aten.expand.default}, _same),
+    **dict.fromkeys(RESHAPES, _reshape),
+    aten.copy.default: _copy,
+    aten.permute.default: _permute,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    operator.getitem: _piece,
+    aten.cat.default: _cat,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.constant_pad_nd.default: _pad,
+    aten.index.Tensor: _gather,
+}
+
+
+def relabel(node: Node, index: Index) -> Read:
+    """Where `node[index]` really reads: (tensor, index), or None if `node` is no known view.
+
+    Raises Refine or Segment when the answer is different for different parts of a label.
+    """
+    rule = _RULES.get(node.target)
+    return rule(node, squeeze(node, index)) if rule else None
+
+
+def settle(node: Node, index: Index) -> Leaf:
+    """Follow `node[index]` through views as far as no label needs to be split."""
+    index = squeeze(node, index)
+    try:
+        read = relabel(node, index)
+    except (Refine, Segment):
+        read = None
+    return settle(*read) if read else Leaf(node, index)

@@ -16,7 +16,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 import mla_compile.ops
-from mla_compile.passes.absorb import weigh
 from mla_compile.passes.graph import measure_inputs
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.rewrite import Rewriter
@@ -63,10 +62,8 @@ class MLAPass(CustomGraphPass):
         previous = [getattr(p, "uuid", lambda: None)() for p in self.previous]
         if None in previous:
             return None
-        package = Path(mla_compile.ops.__file__).parent
-        sources = sorted(
-            str(p) for p in {*package.rglob("*.py"), *Path(__file__).parent.glob("*.py")}
-        )
+        folders = Path(mla_compile.ops.__file__).parent, Path(__file__).parent
+        sources = sorted({str(path) for folder in folders for path in folder.rglob("*.py")})
         versions = (torch.__version__, triton.__version__, device_arch(), self.strict, previous)
         return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
 
@@ -75,8 +72,6 @@ class MLAPass(CustomGraphPass):
         try:
             measure_inputs(graph)
             for verdict in recognise(graph):
-                if isinstance(verdict, MLASite):
-                    verdict = weigh(verdict)
                 if isinstance(verdict, MLASite):
                     verdict = rewriter.rewrite(verdict)
                 self.note(verdict)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from mla_compile.passes.graph import equal, shape
 from mla_compile.passes.indexing import (
-    Entry,
+    Group,
+    Index,
     Label,
     Leaf,
     Refine,
     Segment,
+    every_digit,
     labels_of,
-    refined,
+    refining,
+    relabel,
     substitute,
     whole,
 )
 from mla_compile.passes.site import Mask, Paging, ScoreTerm
-from mla_compile.passes.views import relabel
-
-Group = tuple[Label, ...]
 
 
 def find_paging(
@@ -31,10 +31,14 @@ def find_paging(
     if None in tables:
         return None
     (table, pages, page), (other, _, other_page) = tables[0], tables[-1]
-    if table.key({}) != other.key({}) or not equal(page.size, other_page.size):
+    if table.key != other.key or not equal(page.size, other_page.size):
         return None
-    kv_c, k_pe = (in_pool(key, page) for key in (keys[0], keys[-1]))
-    return Paging(kv_c, k_pe if rope else None, table, page, pages, time[len(pages) :])
+    in_pool = tuple(
+        Leaf(key.node, (*key.index[:dim], whole(page), *key.index[dim + 1 :]))
+        for key in keys
+        for dim, _ in key.tables
+    )
+    return Paging(in_pool, table, page, pages, time[len(pages) :])
 
 
 def table_of(key: Leaf, batch: Group, time: Group) -> tuple[Leaf, Group, Label] | None:
@@ -51,33 +55,21 @@ def table_of(key: Leaf, batch: Group, time: Group) -> tuple[Leaf, Group, Label] 
     return table, pages, Label("page", shape(key.node)[dim])
 
 
-def in_pool(key: Leaf, page: Label) -> Leaf:
-    """The key of a page, wherever a table says it is."""
-    dim = key.tables[0][0]
-    return Leaf(key.node, (*key.index[:dim], whole(page), *key.index[dim + 1 :]))
-
-
 def whole_pages(keys: list[Leaf], token: Label) -> tuple[list[Leaf], Group]:
     """Keys that read a slice of the tokens, as keys of all tokens; the op is told the length."""
-    cut = [d for key in keys for entry in key.index for d in entry if d.label is token]
+    cut = [d for key in keys for d in every_digit(key.index) if d.label is token]
     base = cut[0].base if cut else token.size
-    if not all(equal(d.offset, 0) and equal(d.base, base) for d in cut) or equal(base, token.size):
+    tabled = any(token in table.labels for key in keys for _, table in key.tables)
+    sliced = all(equal(d.offset, 0) and equal(d.base, base) for d in cut)
+    if tabled or not sliced or equal(base, token.size):
         return keys, (token,)
 
-    def with_tokens(key: Leaf, tokens: Entry) -> Leaf:
-        return descend(Leaf(key.node, substitute(key.index, token, lambda d: tokens)))
+    def read(tokens: Index) -> tuple[list[Leaf], Group]:
+        whole_keys = (Leaf(x.node, substitute(x.index, token, lambda _: tokens[0])) for x in keys)
+        return [descend(key) for key in whole_keys], tuple(d.label for d in tokens[0])
 
-    tokens = whole(Label(token.name, base))
     try:
-        while True:
-            try:
-                return [with_tokens(key, tokens) for key in keys], tuple(d.label for d in tokens)
-            except Refine as refine:
-                if refine.label not in labels_of((tokens,)):
-                    raise
-                outer = Label(f"{refine.label}o", refine.label.size // refine.inner)
-                inner = Label(f"{refine.label}i", refine.inner)
-                (tokens,) = refined((tokens,), refine, outer, inner)
+        return refining((whole(Label(token.name, base)),), read)
     except (Refine, Segment):
         return keys, (token,)
 

@@ -22,7 +22,9 @@ from mla_compile.passes.graph import (
     dtype,
     equal,
     is_tensor,
+    reached,
     shape,
+    true,
 )
 from mla_compile.passes.indexing import (
     Index,
@@ -31,14 +33,20 @@ from mla_compile.passes.indexing import (
     Refine,
     Segment,
     every_label,
-    refined,
+    refining,
     squeeze,
     whole,
 )
-from mla_compile.passes.masks import check_masks, split_causal, split_lengths
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
-from mla_compile.passes.score import cached, split_keys, split_score, uncapped
+from mla_compile.passes.score import (
+    cached,
+    check_masks,
+    split_keys,
+    split_masks,
+    split_score,
+    uncapped,
+)
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, span
 from mla_compile.passes.softmax import (
     Attention,
@@ -87,25 +95,22 @@ def judge_all(softmaxes: list[Normalised], training: bool) -> Iterator[MLASite |
 def judge_together(attentions: list[Attention]) -> Iterator[MLASite | Miss]:
     """Attentions that share what is expanded: nobody needs it once all of them are rewritten."""
     roots = {attention.root for attention in attentions}
-    verdicts = [judge(attention, roots) for attention in attentions]
-    refused = [v for v in verdicts if isinstance(v, Miss)]
-    if not refused:
-        yield from verdicts
-        return
-    yield from refused
-    pairs = zip(attentions, verdicts, strict=True)
-    yield from judge_together([a for a, v in pairs if not isinstance(v, Miss)])
+    verdicts = {attention: judge(attention, roots) for attention in attentions}
+    refused = {a: verdict for a, verdict in verdicts.items() if isinstance(verdict, Miss)}
+    yield from (refused or verdicts).values()
+    if refused:
+        yield from judge_together([a for a in attentions if a not in refused])
 
 
 def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss:
     """The verdict on one attention, where the nodes `beside` are replaced as well."""
     try:
-        return site(attention, beside)
+        return weigh(site(attention, beside))
     except (Refine, Segment) as request:
         detail = f"a view splits {request.label} in a way that no index follows"
-        miss = Refusal(Reason.LAYOUT, detail).miss(attention.softmax)
+        miss = Refusal(Reason.LAYOUT, detail).miss(attention.node)
     except Refusal as refusal:
-        miss = refusal.miss(attention.softmax)
+        miss = refusal.miss(attention.node)
     part = cropped(attention)
     verdict = judge(part, beside) if part else miss
     return verdict if isinstance(verdict, MLASite) else miss
@@ -117,21 +122,26 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
     Read to the end, the terms tell which rows the cache does not depend on.  Read again, they stop
     at the first tensor without these rows: the cache.  One head has no row to tell by.
     """
-    index, evaluator, terms = read_to_the_end(attention)
+
+    def read(index: Index) -> tuple[Index, Evaluator, list[Term]]:
+        evaluator = Evaluator(attention, None)
+        return index, evaluator, evaluator.evaluate(root, index)
+
+    root = attention.root
+    labels = (Label(f"x{d}", n) for d, n in enumerate(shape(root)))
+    index, evaluator, terms = refining(squeeze(root, tuple(map(whole, labels))), read)
     softmax, value = split_value(terms, attention)
     of_cache = list(cache_leaves((value, *softmax.score), softmax))
     shared = frozenset(softmax.rows).difference(*(leaf.labels for leaf in of_cache))
-    if not shared:
-        refusal = why_no_latent(of_cache, span(softmax.time))
-    else:
+    try:
+        if not shared:
+            raise why_no_latent(of_cache, span(softmax.time))
         stopping = Evaluator(attention, shared)
-        try:
-            stopped = stopping.evaluate(attention.root, index)
-            found = described(attention, index, stopped, shared)
-            check_private(stopping.expanded, attention, beside)
-            return found
-        except Refusal as why:
-            refusal = why
+        found = described(attention, index, stopping.evaluate(root, index), shared)
+        check_private(stopping.expanded, attention, beside)
+        return found
+    except Refusal as why:
+        refusal = why
     try:
         found = described(attention, index, terms, shared)
     except Refusal:
@@ -140,27 +150,40 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
     return found
 
 
+def weigh(found: MLASite) -> MLASite | Miss:
+    """The site, or a Miss where expanding the cache is the cheaper way.
+
+    Counted in multiply-adds per head of one sequence.  Expanded, every cached token is multiplied
+    by W_UK [Lkv, P] and W_UV [Lkv, V] and attended to over P + R and V; absorbed, every query is,
+    and cached tokens are attended to over Lkv + R and Lkv.
+    """
+    Sq, Skv, Lkv, P, V = (found.dims[name] for name in ("Sq", "Skv", "Lkv", "P", "V"))
+    saved = Lkv * (P + V) - Sq * (Lkv + Lkv - P - V)  # by a cached token
+    spent = Sq * Lkv * (P + V)
+    pays = Skv * saved > spent if isinstance(Skv, int) else saved > 0  # at any long length
+    if not found.expanded or true(pays):
+        return found
+    return Refusal(Reason.PREFILL, f"{Sq} queries over {Skv} cached tokens").miss(found.root)
+
+
 def described(
-    attention: Attention,
-    index: Index,
-    terms: list[Term],
-    shared: frozenset[Label],
+    attention: Attention, index: Index, terms: list[Term], shared: frozenset[Label]
 ) -> MLASite:
     """The one structural rule."""
     softmax, value = split_value(terms, attention)
-    score, logit_cap = uncapped(softmax, attention)
-    scores, masks = split_score(score, softmax, attention)
-    kv_c = cached(value, softmax, attention.root)
+    score, logit_cap = uncapped(softmax.score)
     batch = tuple(x for x in softmax.rows if x not in shared)
-    latent, rope, feature = split_keys(scores, kv_c, softmax, batch, attention)
+    around = frozenset(batch + softmax.time)
+    scores, masks = split_score(score, softmax, around)
+    kv_c = cached(value, softmax)
+    latent, rope, feature = split_keys(scores, kv_c, around, attention.root)
     weights = tuple(f for f in value.factors if f is not kv_c and isinstance(f, Leaf))
     projected = len(latent.query) > 1 or bool(weights)
     heads = weight_rows((*latent.query, *weights), shared) if projected else frozenset()
     masked = frozenset().union(*(m.leaf.labels for m in masks))
     queries = shared - heads if heads else shared & masked
     tokens = tuple(x for x in softmax.rows if x in queries)
-    lengths, masks = split_lengths(masks, softmax, batch)
-    causal, masks = (False, masks) if lengths else split_causal(masks, softmax, tokens)
+    lengths, causal, masks = split_masks(masks, softmax, batch, tokens)
     found = MLASite(
         root=attention.root,
         out=tuple(d.label for entry in index for d in entry),
@@ -181,23 +204,11 @@ def described(
         logit_cap=logit_cap,
         paging=find_paging(latent, rope, batch, softmax.time, masks),
         lse=attention.lse,
-        softmax=attention.softmax,
+        softmax=attention.node,
     )
-    check_labels(found, value, attention)
-    check(found, attention)
+    check_labels(found, value)
+    check(found)
     return found
-
-
-def read_to_the_end(attention: Attention) -> tuple[Index, Evaluator, list[Term]]:
-    """The output's index, refined as its views ask for, and its terms, read to the end."""
-    root = attention.root
-    index = squeeze(root, tuple(whole(Label(f"x{d}", n)) for d, n in enumerate(shape(root))))
-    while True:
-        evaluator = Evaluator(attention, None)
-        try:
-            return index, evaluator, evaluator.evaluate(root, index)
-        except Refine as refine:
-            index = refined(index, refine, *evaluator.split(refine))
 
 
 def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]:
@@ -235,14 +246,13 @@ def why_no_latent(leaves: list[Leaf], tokens: Size) -> Refusal:
 
 def computed_for(tokens: Size, node: Node) -> Iterator[Node]:
     """The node and those before it that have an element for each of the tokens."""
-    todo, seen = [node], {node}
-    while todo:
-        yield (node := todo.pop())
+
+    def before(node: Node) -> list[Node]:
         written = node.target is aten.index_put.default  # into the cache, of new tokens only
         inputs = [node.args[0]] if written else node.all_input_nodes
-        before = [x for x in inputs if x not in seen]
-        todo += [x for x in before if not is_tensor(x) or any(divides(tokens, n) for n in shape(x))]
-        seen |= {*before}
+        return [x for x in inputs if not is_tensor(x) or any(divides(tokens, n) for n in shape(x))]
+
+    return reached(node, before)
 
 
 def weight_rows(leaves: tuple[Leaf, ...], shared: frozenset[Label]) -> frozenset[Label]:
@@ -251,50 +261,45 @@ def weight_rows(leaves: tuple[Leaf, ...], shared: frozenset[Label]) -> frozenset
     return frozenset().union(*partial) if partial else shared
 
 
-def check(found: MLASite, attention: Attention) -> None:
+def check(found: MLASite) -> None:
     """What must hold beyond the shape of the formula."""
     for term in (found.latent, found.rope):
         if term and not (isfinite(term.scale) and term.scale > 0):
-            raise Refusal(Reason.SCALE, f"the softmax scale is {term.scale}", attention.softmax)
-    caches = [found.latent.key.node] + ([found.rope.key.node] if found.rope else [])
-    if any(dtype(n) not in FLOATS for n in caches) or len({dtype(n) for n in caches}) != 1:
+            raise Refusal(Reason.SCALE, f"the softmax scale is {term.scale}")
+    caches = [term.key.node for term in (found.latent, found.rope) if term]
+    types = {dtype(n) for n in caches}
+    if len(types) != 1 or not types <= FLOATS:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
     symbolic = [n for n in ("N", "Lkv", "R", "P", "V") if not isinstance(found.dims[n], int)]
     if symbolic:
         sizes = ", ".join(f"{n} = {found.dims[n]}" for n in symbolic)
-        raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}", attention.softmax)
+        raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}")
     if equal(found.dims["Skv"], 1):
-        raise Refusal(Reason.PREFILL, "there is only one cached token", attention.softmax)
-    check_masks(found.masks, attention.softmax)
+        raise Refusal(Reason.PREFILL, "there is only one cached token")
+    check_masks(found.masks)
 
 
 def check_private(expanded: set[Node], attention: Attention, beside: Collection[Node]) -> None:
     """Nobody else needs the scores or what is expanded for them."""
-    replaced = {attention.root, attention.softmax, *attention.lse, *beside}
+    replaced = {attention.root, attention.node, *attention.lse, *beside}
     private = expanded - {attention.root} | ({attention.scores} if attention.scores else set())
     for node in sorted(private, key=str):
         if thief := escape(node, replaced):
             raise Refusal(Reason.ESCAPE, f"{node.name} is also used by {thief.name}", thief)
 
 
-def check_labels(found: MLASite, value: Term, attention: Attention) -> None:
+def check_labels(found: MLASite, value: Term) -> None:
     """No factor is a diagonal, and the output has rows, value dimensions, and nothing else."""
-    leaves = [*found.latent.query, found.latent.key, *found.weights, *(m.leaf for m in found.masks)]
-    leaves += [*found.rope.query, found.rope.key] if found.rope else []
-    for leaf in leaves:
-        labels = list(every_label(leaf.index))
+    terms = [term for term in (found.latent, found.rope) if term]
+    leaves = [leaf for term in terms for leaf in (*term.query, term.key)]
+    for leaf in (*leaves, *found.weights, *(m.leaf for m in found.masks)):
+        labels = every_label(leaf.index)
         if len(set(labels)) != len(labels):
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
     values = frozenset({found.value_feature}).union(*(w.labels for w in found.weights))
-    if not frozenset(found.out) <= frozenset(found.batch + found.queries + found.heads) | values:
-        raise Refusal(
-            Reason.LAYOUT,
-            "the output has a dimension that neither queries nor values have",
-            attention.root,
-        )
-    if not value.summed <= values | frozenset(found.time):
-        raise Refusal(
-            Reason.LAYOUT,
-            "the output is a sum over a dimension that nothing depends on",
-            attention.root,
-        )
+    if not frozenset(found.out) <= values.union(found.batch, found.queries, found.heads):
+        detail = "the output has a dimension that neither queries nor values have"
+        raise Refusal(Reason.LAYOUT, detail, found.root)
+    if not value.summed <= values.union(found.time):
+        detail = "the output is a sum over a dimension that nothing depends on"
+        raise Refusal(Reason.LAYOUT, detail, found.root)

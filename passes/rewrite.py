@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -15,12 +17,11 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import Size, dtype, equal, hint, shape
-from mla_compile.passes.indexing import Label, Leaf
+from mla_compile.passes.graph import Size, dtype, equal, shape
+from mla_compile.passes.indexing import Group, Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
 DECODE = torch.ops.mla_compile.mla_decode.default
-Group = tuple[Label, ...]
 Labelled = tuple[Tensor, Group]  # one label per dimension
 
 
@@ -129,16 +130,12 @@ class Emitter:
         """The values of the root and of the site's lse nodes."""
         rows = (*site.batch, *site.queries), site.heads
         kv_c, k_pe = self.caches(site)
-        q_nope = self.query(site.latent, rows, site.latent.scale).to(kv_c.dtype)
-        q_pe = (
-            self.query(site.rope, rows, site.latent.scale).to(kv_c.dtype)
-            if site.rope
-            else q_nope[..., :0]
-        )
+        q_nope = self.query(site.latent, rows, site.latent.scale)
+        q_pe = self.query(site.rope, rows, site.latent.scale) if site.rope else q_nope[..., :0]
         attn_mask, mask_fill = self.mask(site)
         out, lse = DECODE(
-            unit_stride(q_nope),
-            unit_stride(q_pe),
+            unit_stride(q_nope.to(kv_c.dtype)),
+            unit_stride(q_pe.to(kv_c.dtype)),
             kv_c,
             k_pe,
             site.latent.scale,
@@ -147,7 +144,7 @@ class Emitter:
             max_seqlen_q=span(site.queries),
             causal=site.causal,
             attn_mask=attn_mask,
-            mask_fill=None if mask_fill == float("-inf") else mask_fill,
+            mask_fill=None if mask_fill == -inf else mask_fill,
             logit_cap=site.logit_cap,
         )
         return self.output(out, site), *(self.lse(lse, node, site) for node in site.lse)
@@ -155,22 +152,17 @@ class Emitter:
     def query(self, term: ScoreTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
         """[T, N, width]: the product of the queries and, where the keys are expanded, W_UK."""
         q = product([*map(self.spread, term.query)], [*rows, (term.feature,)])
-        if term.scale != sm_scale:
-            q = q * (term.scale / sm_scale)
-        return self.scaled(q, term.scalars)
+        return self.scaled(q, term.scale / sm_scale, term.scalars)
 
     def caches(self, site: MLASite) -> tuple[Tensor, Tensor]:
         """[B, Skv, width] each, one page a sequence, or the pools [pages, page_size, width]."""
+        terms = [site.latent, site.rope] if site.rope else [site.latent]
+        keys, groups = [term.key for term in terms], (site.batch, site.time)
         if site.paging:
-            groups = (site.paging.page,), site.paging.slots
-            keys = site.paging.kv_c, site.paging.k_pe
-        else:
-            groups = site.batch, site.time
-            keys = site.latent.key, site.rope.key if site.rope else None
-        kv_c = self.cache(keys[0], (*groups, (site.latent.feature,)))
-        if site.rope is None:
-            return kv_c, kv_c[..., :0]
-        return kv_c, self.cache(keys[1], (*groups, (site.rope.feature,)))
+            keys, groups = site.paging.keys, ((site.paging.page,), site.paging.slots)
+        pairs = zip(keys, terms, strict=True)
+        kv_c, *k_pe = (self.cache(key, (*groups, (term.feature,))) for key, term in pairs)
+        return kv_c, k_pe[0] if k_pe else kv_c[..., :0]
 
     def cache(self, key: Leaf, groups: tuple[Group, ...]) -> Tensor:
         view = self.view(key, groups)
@@ -191,24 +183,18 @@ class Emitter:
     def mask(self, site: MLASite) -> tuple[Tensor | None, float]:
         """One mask, broadcastable to [B, N, Sq, Skv], and what a False in it stands for."""
         groups = (site.batch, site.heads, site.queries, site.time)
-        keep: Tensor | None = None
-        bias: Tensor | None = None
-        fill = float("-inf")
-        for mask in site.masks:
-            tensor = self.view(mask.leaf, groups)
-            if mask.fill is None:
-                added = tensor * mask.scale if mask.scale != 1 else tensor
-                bias = added if bias is None else bias + added
-            else:
-                tensor = tensor if mask.keep else ~tensor
-                keep = tensor if keep is None else keep & tensor
-                fill = mask.fill
+        views = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
+        keeps = [x if mask.keep else ~x for mask, x in views if mask.fill is not None]
+        biases = [self.scaled(x, mask.scale, ()) for mask, x in views if mask.fill is None]
+        keep = functools.reduce(operator.and_, keeps) if keeps else None
+        bias = functools.reduce(operator.add, biases) if biases else None
+        fill = next((mask.fill for mask in site.masks if mask.fill is not None), -inf)
         if keep is None or bias is None:
             return (bias if keep is None else keep), fill
         wide = torch.promote_types(bias.dtype, torch.float32)
-        lowest = fill if fill == float("-inf") else max(fill, torch.finfo(wide).min)
+        lowest = fill if fill == -inf else max(fill, torch.finfo(wide).min)
         hidden = bias.new_full((), lowest, dtype=wide)
-        return torch.where(keep, bias.to(wide), hidden), float("-inf")
+        return torch.where(keep, bias.to(wide), hidden), -inf
 
     def seq_lens(self, site: MLASite) -> Tensor | None:
         if site.lengths is None and site.paging is None:
@@ -224,7 +210,7 @@ class Emitter:
         lengths = lengths.expand(span(site.batch)).contiguous()
         if site.lengths is None:
             return lengths
-        if site.lengths.fill == float("-inf"):
+        if site.lengths.fill == -inf:
             return lengths.clamp(min=0, max=Skv)
         return torch.where(lengths > 0, lengths.clamp(max=Skv), Skv)
 
@@ -239,10 +225,10 @@ class Emitter:
         labels = (*site.batch, *site.queries, *site.heads, site.value_feature)
         latent = reshape(out, [x.size for x in labels]), labels
         result = product([latent, *map(self.spread, site.weights)], [(x,) for x in site.out])
-        result = result * site.value_scale if site.value_scale != 1 else result
-        return like(site.root, self.scaled(result, site.value_scalars))
+        return like(site.root, self.scaled(result, site.value_scale, site.value_scalars))
 
-    def scaled(self, tensor: Tensor, scalars: tuple[Scalar, ...]) -> Tensor:
+    def scaled(self, tensor: Tensor, scale: float, scalars: tuple[Scalar, ...]) -> Tensor:
+        tensor = tensor * scale if scale != 1 else tensor
         for scalar in scalars:
             factor = self.tensors[scalar.node]
             tensor = tensor / factor if scalar.inverse else tensor * factor
@@ -327,7 +313,8 @@ def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
 def like(node: Node, tensor: Tensor) -> Tensor:
     """The tensor in the node's shape and type, and its order in memory: later views rely on it."""
     tensor = reshape(tensor, shape(node)).to(dtype(node))
-    strides = [hint(n) for n in node.meta["val"].stride()]
+    # As it was when traced: a choice that is right at any size.
+    strides = [n if isinstance(n, int) else n.node.hint or 0 for n in node.meta["val"].stride()]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     if order == sorted(order):
         return tensor.contiguous()

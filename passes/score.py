@@ -2,134 +2,243 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import accumulate, pairwise
-from math import isfinite
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf, isfinite, isnan
+from typing import Any
 
+import torch
 from torch.fx import Node
 
-from mla_compile.passes.graph import equal, true
-from mla_compile.passes.indexing import Digit, Label, Leaf, Refine, Segment, narrowed
-from mla_compile.passes.normal_form import SCALINGS, Capped, Softmax, Term
-from mla_compile.passes.site import Mask, Reason, Refusal, ScoreTerm
-from mla_compile.passes.softmax import Attention
-from mla_compile.passes.views import relabel
+from mla_compile.passes.graph import (
+    INTEGERS,
+    Size,
+    argument,
+    aten,
+    dtype,
+    equal,
+    is_tensor,
+    prims,
+    true,
+)
+from mla_compile.passes.indexing import (
+    Digit,
+    Group,
+    Index,
+    Label,
+    Leaf,
+    Refine,
+    Segment,
+    broadcast,
+    narrowed,
+    relabel,
+    settle,
+)
+from mla_compile.passes.normal_form import ABSORBING, SCALINGS, Capped, Softmax, Term
+from mla_compile.passes.site import Lengths, Mask, Reason, Refusal, ScoreTerm, span
+
+NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
+# What hides a token that any of its operands hides, by whether True keeps a token.
+AND = {
+    True: frozenset({aten.bitwise_and.Tensor, aten.logical_and.default}),
+    False: frozenset({aten.bitwise_or.Tensor, aten.logical_or.default}),
+}
+# token < bound: which side the token is on, and whether the bound itself is visible.
+COMPARISONS = {aten.lt: (0, 0), aten.le: (0, 1), aten.gt: (1, 0), aten.ge: (1, 1)}
 
 
-def cached(term: Term, softmax: Softmax, node: Node) -> Leaf:
+def cached(term: Term, softmax: Softmax) -> Leaf:
     """The one factor of a term that depends on the cached token."""
     leaves = [f for f in term.factors if isinstance(f, Leaf) and f.labels & frozenset(softmax.time)]
     if len(leaves) != 1:
-        raise Refusal(
-            Reason.SCORE,
-            f"{len(leaves)} factors of a product depend on the cached token, not one: {leaves}",
-            node,
-        )
+        many = f"{len(leaves)} factors of a product depend on the cached token, not one: {leaves}"
+        raise Refusal(Reason.SCORE, many)
     return leaves[0]
 
 
-def uncapped(softmax: Softmax, attention: Attention) -> tuple[tuple[Term, ...], float]:
+def uncapped(score: tuple[Term, ...]) -> tuple[tuple[Term, ...], float]:
     """The terms of the score, those under a soft cap times the cap, and the cap or 0."""
-    capped = [t for t in softmax.score if any(isinstance(f, Capped) for f in t.factors)]
+    capped = [t for t in score if any(isinstance(f, Capped) for f in t.factors)]
     if not capped:
-        return softmax.score, 0.0
-    beside = [t for t in softmax.score if t.summed]
+        return score, 0.0
     term, factor = capped[0], capped[0].factors[0]
-    if len(capped) > 1 or len(term.factors) > 1 or beside or not isinstance(factor, Capped):
-        detail = "the scores are a sum or product of tanh and other terms"
-        raise Refusal(Reason.SCORE, detail, attention.softmax)
+    if len(capped) > 1 or len(term.factors) > 1 or any(t.summed for t in score):
+        raise Refusal(Reason.SCORE, "the scores are a sum or product of tanh and other terms")
     if term.scalars or not (isfinite(term.scale) and term.scale > 0):
-        raise Refusal(Reason.SCALE, f"the soft cap is {term.scale}", attention.softmax)
+        raise Refusal(Reason.SCALE, f"the soft cap is {term.scale}")
     if not all(t.summed for t in factor.terms):
-        raise Refusal(Reason.MASK, "a mask is under the soft cap", attention.softmax)
-    inner = [replace(t, scale=t.scale * term.scale) for t in factor.terms]
-    return (*inner, *(t for t in softmax.score if t is not term)), term.scale
+        raise Refusal(Reason.MASK, "a mask is under the soft cap")
+    inner = (replace(t, scale=t.scale * term.scale) for t in factor.terms)
+    return (*inner, *(t for t in score if t is not term)), term.scale
 
 
 def split_score(
-    score: tuple[Term, ...], softmax: Softmax, attention: Attention
-) -> tuple[list[tuple[Term, Leaf]], tuple[Mask, ...]]:
-    """The contractions with the cache, and what is added to them or put in their place."""
+    score: tuple[Term, ...], softmax: Softmax, around: frozenset[Label]
+) -> tuple[list[ScoreTerm], tuple[Mask, ...]]:
+    """The contractions with the cache, and what is added to them or put in their place.
+
+    A row of a cache has a feature, beside the labels `around` it.
+    """
     contractions, masks = [], []
     for term in score:
         factor = term.factors[0]
         if term.summed:
-            contractions.append((term, cached(term, softmax, attention.softmax)))
-        elif term.scalars or len(term.factors) != 1:
-            raise Refusal(Reason.MASK, f"a mask is a product: {term.factors}", attention.softmax)
+            contractions.append(score_term(term, cached(term, softmax), around))
+        elif term.scalars or len(term.factors) != 1 or not isinstance(factor, (Mask, Leaf)):
+            raise Refusal(Reason.MASK, f"a mask is a product: {term.factors}")
         elif isinstance(factor, Mask):
             masks.append(replace(factor, fill=factor.fill * term.scale))
-        elif isinstance(factor, Leaf):
+        else:
             masks.append(Mask(factor, scale=term.scale))
     if not contractions:
         leaf = score[0].factors[0]
-        node = leaf.node if isinstance(leaf, Leaf) else attention.softmax
+        node = leaf.node if isinstance(leaf, Leaf) else None
         detail = f"the scores are {leaf}, no contraction of queries with a cache times a number"
-        raise Refusal(Reason.SCALE if node.target in SCALINGS else Reason.SCORE, detail, node)
+        scaled = node is not None and node.target in SCALINGS
+        raise Refusal(Reason.SCALE if scaled else Reason.SCORE, detail, node)
     return contractions, tuple(masks)
 
 
+def score_term(term: Term, key: Leaf, around: frozenset[Label]) -> ScoreTerm:
+    feature = feature_of(key, around)
+    query = tuple(f for f in term.factors if f is not key)
+    if feature not in term.summed or not query or not all(isinstance(f, Leaf) for f in query):
+        raise Refusal(Reason.SCORE, f"the key {key} is not contracted over {feature}")
+    if not term.summed <= key.labels.union(*(f.labels for f in query)):
+        detail = "the scores are a sum over a dimension that nothing depends on"
+        raise Refusal(Reason.SCORE, detail)
+    return ScoreTerm(query, key, feature, term.scale, term.scalars)
+
+
+def feature_of(leaf: Leaf, around: frozenset[Label]) -> Label:
+    features = leaf.labels - around
+    if len(features) != 1:
+        raise Refusal(Reason.LAYOUT, f"{leaf} has {len(features)} feature dimensions, not one")
+    return next(iter(features))
+
+
+def split_masks(
+    masks: tuple[Mask, ...], softmax: Softmax, batch: Group, queries: Group
+) -> tuple[Lengths | None, bool, tuple[Mask, ...]]:
+    """Take out the mask that says only `token < length`, or only `token <= query + Skv - Sq`.
+
+    With a finite fill a length stays a mask as well: a sequence of length zero then averages over
+    all.  Under a causal mask with a finite fill each query must see a token.  If only the device
+    knows where the queries start, nobody can say whether the cache ends with them.
+    """
+    masks = tuple(part for mask in masks for part in conjuncts(mask))
+    bounds = [(mask, upper_bound(mask, softmax.time, queries)) for mask in masks]
+    for mask, bound in bounds:
+        if bound is None or bound.rows != 0 or (mask.fill != -inf and len(masks) > 1):
+            continue
+        if all(t.labels <= frozenset(batch) for t in bound.terms):
+            rest = tuple(m for m in masks if m is not mask or isfinite(mask.fill))
+            return Lengths(bound.terms, bound.constant, mask.fill), False, rest
+    for mask, bound in bounds:
+        if bound is None or bound.rows != 1 or bound.terms:
+            continue
+        if not equal(bound.constant + span(queries) - 1, span(softmax.time)):
+            continue
+        if mask.fill == -inf or (len(masks) == 1 and true(bound.constant >= 1)):
+            return None, True, tuple(m for m in masks if m is not mask)
+    return None, False, masks
+
+
+def conjuncts(mask: Mask) -> Iterator[Mask]:
+    """Masks that together hide what `mask` hides, if its fill is beyond the reach of any score."""
+    node, index = mask.leaf.node, mask.leaf.index
+    if mask.fill is not None and node.target is aten.full.default and node.args[1] is mask.keep:
+        return  # hides nothing
+    negated = node.target in NOT
+    splits = negated or node.target in AND[mask.keep]
+    if mask.fill is None or mask.fill > ABSORBING or not splits or dtype(node) is not torch.bool:
+        yield mask
+        return
+    for x in node.args:
+        leaf = settle(x, broadcast(x, index))
+        yield from conjuncts(replace(mask, leaf=leaf, keep=mask.keep != negated))
+
+
+def upper_bound(mask: Mask, time: Group, queries: Group) -> Affine | None:
+    """What the tokens that a mask keeps are below, if it compares nothing else."""
+    node, index = mask.leaf.node, mask.leaf.index
+    comparison = COMPARISONS.get(getattr(node.target, "overloadpacket", None))
+    if mask.fill is None or mask.fill > ABSORBING or comparison is None:
+        return None
+    token_side, closed = comparison if mask.keep else (1 - comparison[0], 1 - comparison[1])
+    sides = [affine(side, index, (time, queries)) for side in node.args]
+    token, bound = sides[token_side], sides[1 - token_side]
+    if token is None or bound is None or token.terms or (token.tokens, bound.tokens) != (1, 0):
+        return None
+    return Affine(0, bound.rows - token.rows, bound.terms, bound.constant - token.constant + closed)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """tokens · token + rows · query + Σ terms + constant"""
+
+    tokens: int
+    rows: int
+    terms: tuple[Leaf, ...]
+    constant: Size
+
+
+def affine(value: Any, index: Index, axes: tuple[Group, Group]) -> Affine | None:
+    """value[index] as a sum of iotas over tokens and queries, integers and integer tensors."""
+    if not is_tensor(value):
+        number = value.meta["val"] if isinstance(value, Node) else value
+        return Affine(0, 0, (), number) if isinstance(number, (int, torch.SymInt)) else None
+    leaf = settle(value, broadcast(value, index))
+    node = leaf.node
+    if dtype(node) not in INTEGERS:
+        return None
+    if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
+        a, b = (affine(x, leaf.index, axes) for x in node.args)
+        sign = -1 if node.target is aten.sub.Tensor else 1
+        if a and b and (sign > 0 or not b.terms):
+            counts = a.tokens + sign * b.tokens, a.rows + sign * b.rows
+            return Affine(*counts, a.terms + b.terms, a.constant + sign * b.constant)
+    if node.target is prims.iota.default and argument(node, "step") == 1:
+        start, entry = argument(node, "start"), leaf.index[0]
+        if not entry:
+            return Affine(0, 0, (), start)
+        labels = tuple(d.label for d in entry)
+        if labels in axes and (len(labels) == 1 or all(d.full for d in entry)):
+            over = [int(labels == axis) for axis in axes]
+            return Affine(*over, (), start + entry[0].offset)
+    return None if leaf.labels & {*axes[0], *axes[1]} else Affine(0, 0, (leaf,), 0)
+
+
+def check_masks(masks: tuple[Mask, ...]) -> None:
+    """Several masks compose if each boolean one hides beyond the reach of any score."""
+    fills = {m.fill for m in masks if m.fill is not None}
+    if len(masks) > 1 and (len(fills) > 1 or any(f > ABSORBING for f in fills)):
+        raise Refusal(Reason.MASK, f"{len(masks)} masks with the fills {sorted(fills)}")
+    if any(f == inf or isnan(f) for f in fills):
+        raise Refusal(Reason.MASK, f"a mask fills with {sorted(fills)}")
+
+
 def split_keys(
-    scores: list[tuple[Term, Leaf]],
-    kv_c: Leaf,
-    softmax: Softmax,
-    batch: tuple[Label, ...],
-    attention: Attention,
+    scores: list[ScoreTerm], kv_c: Leaf, around: frozenset[Label], root: Node
 ) -> tuple[ScoreTerm, ScoreTerm | None, Label]:
     """The latent and the rope contraction, and the feature label of the values."""
-    around = frozenset(batch + softmax.time)
-    value = feature_of(kv_c, around, attention.root)
-    pieces = [
-        p
-        for term, key in scores
-        for p in cut_at_value(score_term(term, key, around, attention), kv_c, value)
-    ]
+    value = feature_of(kv_c, around)
+    pieces = [piece for term in scores for piece in cut_at_value(term, kv_c, value)]
     latents = [p for p in pieces if is_latent(p, kv_c, value)]
     ropes = [p for p in pieces if p not in latents]
     if len(latents) != 1:
         keys = ", ".join(str(p.key) for p in pieces)
-        raise Refusal(
-            Reason.VALUE,
-            f"the values are {kv_c}, which is {len(latents)} times among the keys {keys}",
-            attention.root,
-        )
+        detail = f"the values are {kv_c}, which is {len(latents)} times among the keys {keys}"
+        raise Refusal(Reason.VALUE, detail, root)
     if len(ropes) > 1:
-        raise Refusal(
-            Reason.SCORE,
-            f"{len(ropes)} contractions beside the latent one, rope is at most one",
-            attention.softmax,
-        )
+        detail = f"{len(ropes)} contractions beside the latent one, rope is at most one"
+        raise Refusal(Reason.SCORE, detail)
     for leaf in (kv_c, *(p.key for p in ropes)):
         if leaf.labels - {value} - {p.feature for p in ropes} != around:
-            raise Refusal(
-                Reason.LAYOUT, f"{leaf} does not run over every sequence and token", leaf.node
-            )
+            detail = f"{leaf} does not run over every sequence and token"
+            raise Refusal(Reason.LAYOUT, detail, leaf.node)
     return latents[0], ropes[0] if ropes else None, value
-
-
-def feature_of(leaf: Leaf, around: frozenset[Label], node: Node) -> Label:
-    features = leaf.labels - around
-    if len(features) != 1:
-        raise Refusal(
-            Reason.LAYOUT, f"{leaf} has {len(features)} feature dimensions, not one", node
-        )
-    return next(iter(features))
-
-
-def score_term(term: Term, key: Leaf, around: frozenset[Label], attention: Attention) -> ScoreTerm:
-    feature = feature_of(key, around, attention.softmax)
-    query = tuple(f for f in term.factors if f is not key)
-    if feature not in term.summed or not query or not all(isinstance(f, Leaf) for f in query):
-        raise Refusal(
-            Reason.SCORE, f"the key {key} is not contracted over {feature}", attention.softmax
-        )
-    if not term.summed <= key.labels.union(*(f.labels for f in query)):
-        raise Refusal(
-            Reason.SCORE,
-            "the scores are a sum over a dimension that nothing depends on",
-            attention.softmax,
-        )
-    return ScoreTerm(query, key, feature, term.scale, term.scalars)
 
 
 def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
@@ -145,15 +254,15 @@ def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
             pass
         except Segment as segment:
             if segment.label is term.feature:
-                begins = accumulate(segment.sizes, initial=0)
-                parts = [columns_of(term, *p) for p in zip(begins, segment.sizes, strict=False)]
-                pieces = [q for p in parts for q in cut_at_value(p, kv_c, value)]
+                parts = [part_of(term, *part) for part in segment.parts]
+                pieces = [piece for part in parts for piece in cut_at_value(part, kv_c, value)]
     return pieces if any(is_latent(p, kv_c, value) for p in pieces) else [term]
 
 
 def is_latent(term: ScoreTerm, kv_c: Leaf, value: Label) -> bool:
-    same = term.key.key({term.feature: "feature"}) == kv_c.key({value: "feature"})
-    return same and equal(term.feature.size, value.size)
+    """Its key is the value: the same element, were their features the same."""
+    key = Leaf(term.key.node, narrowed(term.key.index, term.feature, value, 0))
+    return key.key == kv_c.key and equal(term.feature.size, value.size)
 
 
 def columns(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
@@ -161,23 +270,22 @@ def columns(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
     at, here = digit_of(kv_c, value), digit_of(term.key, term.feature)
     if at is None or here is None or not equal(at.base, here.base):
         return [term]
-    begin, end = at.offset - here.offset, at.offset - here.offset + value.size
-    bounds = [0, begin, end, term.feature.size]
-    sizes = [b - a for a, b in pairwise(bounds)]
+    begin = at.offset - here.offset
+    sizes = [b - a for a, b in pairwise((0, begin, begin + value.size, term.feature.size))]
     if not all(true(n >= 0) for n in sizes) or equal(sizes[1], term.feature.size):
         return [term]
-    return [columns_of(term, *p) for p in zip(bounds, sizes, strict=False) if not equal(p[1], 0)]
+    parts = Segment(term.feature, sizes).parts
+    return [part_of(term, *part) for part in parts if not equal(part[0].size, 0)]
 
 
 def digit_of(leaf: Leaf, label: Label) -> Digit | None:
     return next((d for entry in leaf.index for d in entry if d.label is label), None)
 
 
-def columns_of(term: ScoreTerm, start: int, size: int) -> ScoreTerm:
-    """A contraction over `size` features from `start` only."""
-    feature = Label(f"{term.feature}@{start}", size)
+def part_of(term: ScoreTerm, feature: Label, begin: int) -> ScoreTerm:
+    """A contraction over the part of its features that begins there."""
     query, key = (
-        tuple(Leaf(x.node, narrowed(x.index, term.feature, feature, start)) for x in leaves)
+        tuple(Leaf(x.node, narrowed(x.index, term.feature, feature, begin)) for x in leaves)
         for leaves in (term.query, (term.key,))
     )
     return replace(term, query=query, key=key[0], feature=feature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -53,15 +54,9 @@ class Reason(enum.Enum):
 
 def source_line(node: Node) -> str:
     """file:line of the innermost frame of the user's code that made `node`, or '?'."""
-    frames = [
-        line.strip()
-        for line in (node.meta.get("stack_trace") or "").splitlines()
-        if line.lstrip().startswith("File ")
-    ]
-    if not frames:
-        return "?"
-    file, line = frames[-1].split(", ")[:2]
-    return f"{file.removeprefix('File ').strip(chr(34))}:{line.removeprefix('line ')}"
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'^ *File "(.*)", line (\d+)', trace, re.MULTILINE)
+    return ":".join(frames[-1]) if frames else "?"
 
 
 @dataclass(frozen=True)
@@ -126,8 +121,7 @@ class Paging:
     The table's pages may hold more tokens than the site reads.
     """
 
-    kv_c: Leaf
-    k_pe: Leaf | None
+    keys: tuple[Leaf, ...]  # kv_c and, where there is rope, k_pe
     table: Leaf
     page: Label
     pages: tuple[Label, ...]

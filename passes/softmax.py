@@ -9,45 +9,77 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 from torch.fx import Graph, Node
 
 from mla_compile.passes.graph import (
     CASTS,
     CONTRACTIONS,
+    COPIES,
     FUSED_ATTENTION,
     RENAMES,
+    RESHAPES,
     aten,
     constant,
     equal,
     is_tensor,
+    reached,
     readers,
+    same_shape,
     shape,
-    strip,
 )
 from mla_compile.passes.site import Reason, Refusal
 
+# The same numbers, at most in another type.
+SAME = CASTS | COPIES
 # What probabilities stay probabilities through, up to a factor.
 CARRIERS = RENAMES | CASTS | {aten.mul.Tensor, aten.slice.Tensor}
-COPIES = CASTS | {aten.clone.default}
-RESHAPES = RENAMES - {aten.permute.default, aten.expand.default}
+
+
+@dataclass(frozen=True, eq=False)
+class RowSum:
+    """`total` = Σ exponential over an axis, exponential = exp(scores - shift).
+
+    The shift is constant along the axis, or None.
+    """
+
+    total: Node
+    exponential: Node
+    scores: Node
+    shift: Node | None
+    axis: int
+
+    def logarithms(self) -> Iterator[Node]:
+        """log Σ exp(scores), with or without the axis: log(total) + shift."""
+        for log in (u for u in self.total.users if u.target is aten.log.default):
+            if self.shift is None:
+                yield log
+                continue
+            for add in log.users:
+                if add.target is not aten.add.Tensor or add.kwargs or not same_rows(add, log):
+                    continue
+                other = add.args[1] if add.args[0] is log else add.args[0]
+                if is_tensor(other) and behind(other) is behind(self.shift):
+                    yield add
 
 
 @dataclass(frozen=True, eq=False)
 class Normalised:
     """A softmax of `scores` over `axis`: `node`, or `node` over `total` where that is not None.
 
-    A fused attention call is one without `scores`.
+    A fused attention call is one without `scores`.  `sums` are all of the graph.
     """
 
     node: Node
-    scores: Node | None
-    axis: int
+    scores: Node | None = None
+    axis: int = -1
     total: Node | None = None
+    sums: tuple[RowSum, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attention(Normalised):
     """A softmax, the `contraction` that consumes it, and the `path` from it to the `root`.
 
     The root is the contraction or, with a `total`, the division after it; that of a fused call is
@@ -55,89 +87,69 @@ class Attention:
     is used elsewhere.
     """
 
-    softmax: Node
-    scores: Node | None
-    axis: int
-    total: Node | None
     contraction: Node
     root: Node
     path: frozenset[Node]
     lse: tuple[Node, ...] = ()
 
 
-def find_softmaxes(graph: Graph) -> Iterator[Normalised]:
+def find_softmaxes(graph: Graph) -> list[Normalised]:
     """Every softmax of the graph, in order, however it is written."""
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target in FUSED_ATTENTION:
-            yield Normalised(node, None, -1)
-        elif node.target is aten.exp.default:
-            yield from normalised(node)
-
-
-def normalised(exponential: Node) -> Iterator[Normalised]:
-    """The softmaxes that exp(x) is the numerator of."""
-    difference, shift = split_shift(exponential)
-    summed = list(row_sums(exponential))
-    for total, axis in summed:
-        if not constant_along(shift, difference, axis):
-            continue
-        scores = unshifted(difference, axis)
-        divided = [d for e in copies(exponential) for d in e.users if divides_by(d, e, total, axis)]
-        for division in divided:
-            yield Normalised(without_empty_rows(division, scores), scores, axis)
+    sums = tuple(row_sums(graph))
+    found = [Normalised(n) for n in graph.nodes if n.target in FUSED_ATTENTION]
+    for row in sums:
+        scores = unshifted(row.scores, row.axis)
+        numerators = ((user, e) for e in copies(row.exponential) for user in e.users)
+        divided = [user for user, e in numerators if divides_by(user, e, row.total, row.axis)]
+        nodes = (without_empty_rows(division, scores, row.axis) for division in divided)
+        found += [Normalised(node, scores, row.axis, None, sums) for node in nodes]
         if not divided:
-            yield Normalised(exponential, scores, axis, total)
-    if not summed and shift is not None:
-        for axis in range(len(shape(difference))):
-            lse = per_row(shift, difference, axis)
-            if lse in log_sum_exps(difference, axis):
-                yield Normalised(exponential, difference, axis)
+            found.append(Normalised(row.exponential, scores, row.axis, row.total, sums))
+    for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
+        scores, shift = split_shift(exponential.args[0])
+        for row in sums if shift is not None else ():
+            same = original(row.scores) is original(scores)
+            if same and per_row(shift, scores, row.axis) in row.logarithms():
+                found.append(Normalised(exponential, scores, row.axis, None, sums))
+    return sorted(found, key=lambda softmax: softmax.node)
 
 
-def split_shift(exponential: Node) -> tuple[Node, Node | None]:
-    """(x, m) where the argument of exp is x - m, else (its argument, None)."""
-    difference = strip_copies(exponential.args[0])
-    if difference.target is aten.sub.Tensor and is_tensor(difference.args[1]):
-        return difference.args
-    return exponential.args[0], None
+def row_sums(graph: Graph) -> Iterator[RowSum]:
+    for total in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+        exponential = original(total.args[0])
+        if exponential.target is not aten.exp.default or len(total.args[1]) != 1:
+            continue
+        axis = total.args[1][0] % len(shape(exponential))
+        scores, shift = split_shift(exponential.args[0])
+        if shift is None or per_row(shift, scores, axis) is not None:
+            yield RowSum(total, exponential, scores, shift, axis)
+
+
+def split_shift(scores: Node) -> tuple[Node, Node | None]:
+    """(x, m) where they are x - m, else (they, None)."""
+    difference = original(scores)
+    subtracted = difference.target is aten.sub.Tensor and is_tensor(difference.args[1])
+    return difference.args if subtracted and not difference.kwargs else (scores, None)
 
 
 def unshifted(scores: Node, axis: int) -> Node:
     """The scores before something constant along the axis was subtracted: no softmax sees it."""
-    shifted = strip_copies(scores)
-    if shifted.target is not aten.sub.Tensor or not is_tensor(shifted.args[1]):
+    before, shift = split_shift(scores)
+    if shift is None or per_row(shift, scores, axis) is None:
         return scores
-    if per_row(shifted.args[1], shifted, axis) is None:
-        return scores
-    return unshifted(shifted.args[0], axis)
-
-
-def row_sums(exponential: Node) -> Iterator[tuple[Node, int]]:
-    """The sums of a tensor over one axis, and the axis."""
-    for copy in copies(exponential):
-        for user in copy.users:
-            if user.target is aten.sum.dim_IntList and len(user.args[1]) == 1:
-                yield user, user.args[1][0] % len(shape(exponential))
+    return unshifted(before, axis)
 
 
 def copies(node: Node) -> Iterator[Node]:
-    """The node and the casts of it."""
-    yield node
-    for user in node.users:
-        if user.target in COPIES:
-            yield from copies(user)
+    """The node, and its casts and copies."""
+    return reached(node, lambda n: [user for user in n.users if user.target in SAME])
 
 
-def strip_copies(node: Node) -> Node:
-    while node.target in COPIES:
+def original(node: Node) -> Node:
+    """The node behind casts and copies."""
+    while node.target in SAME:
         node = node.args[0]
     return node
-
-
-def constant_along(shift: Node | None, scores: Node, axis: int) -> bool:
-    return shift is None or per_row(shift, scores, axis) is not None
 
 
 def per_row(node: Node, like: Node, axis: int) -> Node | None:
@@ -146,15 +158,12 @@ def per_row(node: Node, like: Node, axis: int) -> Node | None:
     rows[axis] = 1
     if len(shape(node)) != len(rows) or not all(map(equal, shape(node), rows)):
         return None
-    return without_unit_dims(node)
+    return behind(node)
 
 
-def without_unit_dims(node: Node) -> Node:
+def behind(node: Node) -> Node:
     """The node behind casts and views that only add or remove dimensions of size one."""
-    while node.op == "call_function":
-        renamed = node.target in RESHAPES and same_rows(node, node.args[0])
-        if not (renamed or node.target in COPIES):
-            break
+    while node.target in SAME or (node.target in RESHAPES and same_rows(node, node.args[0])):
         node = node.args[0]
     return node
 
@@ -167,67 +176,50 @@ def same_rows(a: Node, b: Node) -> bool:
 
 def divides_by(division: Node, numerator: Node, total: Node, axis: int) -> bool:
     """division = numerator / total, row by row."""
-    if division.target is not aten.div.Tensor or division.args[0] is not numerator:
+    if not is_division(division) or division.args[0] is not numerator:
         return False
-    denominator = division.args[1]
-    return is_tensor(denominator) and per_row(denominator, numerator, axis) is total
+    return per_row(division.args[1], numerator, axis) is total
 
 
-def log_sum_exps(scores: Node, axis: int) -> Iterator[Node]:
-    """The nodes that hold log Σ exp(scores) over the axis, with or without that dimension."""
-    for exponential in exponentials(scores):
-        source, shift = split_shift(exponential)
-        if constant_along(shift, source, axis):
-            for total, summed_axis in row_sums(exponential):
-                if summed_axis == axis:
-                    yield from logarithms(total, shift)
-
-
-def exponentials(scores: Node) -> Iterator[Node]:
-    """The nodes exp(scores) and exp(scores - m)."""
-    for source in copies(strip_copies(scores)):
-        for user in source.users:
-            shifted = user.target is aten.sub.Tensor and user.args[0] is source
-            direct = [e for c in copies(user) for e in c.users] if shifted else [user]
-            yield from (e for e in direct if e.target is aten.exp.default)
-
-
-def logarithms(total: Node, shift: Node | None) -> Iterator[Node]:
-    """log(total) + shift"""
-    for log in (u for u in total.users if u.target is aten.log.default):
-        if shift is None:
-            yield log
-            continue
-        for add in log.users:
-            if add.target is not aten.add.Tensor or add.kwargs or not same_rows(add, log):
-                continue
-            other = add.args[1] if add.args[0] is log else add.args[0]
-            if is_tensor(other) and without_unit_dims(other) is without_unit_dims(shift):
-                yield add
-
-
-def without_empty_rows(probabilities: Node, scores: Node) -> Node:
+def without_empty_rows(probabilities: Node, scores: Node, axis: int) -> Node:
     """The probabilities with rows that see no key set to zero, if the graph does that."""
     for user in probabilities.users:
         zeroed = user.target is aten.where.self and user.args[2] is probabilities
-        if zeroed and constant(user.args[1]) == 0 and sees_nothing(user.args[0], scores):
+        if zeroed and constant(user.args[1]) == 0 and sees_nothing(user.args[0], scores, axis):
             return user
     return probabilities
 
 
-def sees_nothing(condition: Node, scores: Node) -> bool:
-    """condition = not any(not (scores == -inf)), as ATen's safe softmax says it."""
+def sees_nothing(condition: Node, scores: Node, axis: int) -> bool:
+    """condition = not any(not (scores == -inf)) of the row, as ATen's safe softmax says it."""
+    if per_row(condition, scores, axis) is None:
+        return False
     for target in (aten.logical_not.default, aten.any.dim, aten.logical_not.default):
         if condition.target is not target:
             return False
         condition = condition.args[0]
-    hidden = condition.target is aten.eq.Scalar and condition.args[1] == float("-inf")
-    return hidden and strip(condition.args[0]) is strip(scores)
+    hidden = condition.target is aten.eq.Scalar and condition.args[1] == -inf
+    return hidden and original(condition.args[0]) is original(scores)
 
 
 def is_attention(softmax: Normalised) -> bool:
-    """It weighs something; a router's probabilities do not."""
-    return softmax.scores is None or weighs(softmax.node)
+    """The weights, or something made of them element by element, are summed up in a contraction.
+
+    A router's probabilities are not.
+    """
+
+    def made(node: Node) -> list[Node]:
+        same = [u for u in node.users if is_tensor(u) and not sums(u) and same_shape(u, node)]
+        return same + [u for u in node.users if u.target in CARRIERS]
+
+    def sums(node: Node) -> bool:
+        return node.target is aten.sum.dim_IntList
+
+    return softmax.scores is None or any(
+        user.target in CONTRACTIONS or (sums(user) and original(node) is not softmax.node)
+        for node in reached(softmax.node, made)
+        for user in node.users
+    )
 
 
 def has_queries(softmax: Normalised) -> bool:
@@ -235,87 +227,68 @@ def has_queries(softmax: Normalised) -> bool:
 
     They may be, where they come from outside of the graph.
     """
-    todo, seen = [softmax.scores or softmax.node], set()
-    while todo:
-        node = todo.pop()
-        summed = node.target is aten.sum.dim_IntList
-        multiplied = summed and node.args[0].target is aten.mul.Tensor
-        if node.target in CONTRACTIONS | FUSED_ATTENTION or multiplied or node.op == "placeholder":
-            return True
+
+    def joined(node: Node) -> list[Node]:
         whole = node.target in RENAMES or node.target is aten.cat.default
-        before = [
-            x for x in node.all_input_nodes if is_tensor(x) and (whole or same_shape(x, node))
-        ]
-        todo += [x for x in before if x not in seen]
-        seen |= {*before}
-    return False
+        return [x for x in node.all_input_nodes if is_tensor(x) and (whole or same_shape(x, node))]
 
+    def contracts(node: Node) -> bool:
+        summed = node.target is aten.sum.dim_IntList and node.args[0].target is aten.mul.Tensor
+        return summed or node.target in CONTRACTIONS | FUSED_ATTENTION
 
-def weighs(weights: Node) -> bool:
-    """The weights, or something made of them element by element, are summed up in a contraction."""
-    todo, seen = [weights], {weights}
-    while todo:
-        node = todo.pop()
-        for user in set(node.users) - seen:
-            summed = user.target is aten.sum.dim_IntList
-            if user.target in CONTRACTIONS or (summed and strip_copies(node) is not weights):
-                return True
-            if user.target in CARRIERS or (
-                is_tensor(user) and not summed and same_shape(user, node)
-            ):
-                seen.add(user)
-                todo.append(user)
-    return False
-
-
-def same_shape(a: Node, b: Node) -> bool:
-    return len(shape(a)) == len(shape(b)) and all(map(equal, shape(a), shape(b)))
+    before = reached(softmax.scores or softmax.node, joined)
+    return any(node.op == "placeholder" or contracts(node) for node in before)
 
 
 def attention_of(softmax: Normalised) -> Attention:
     """The softmax and the contraction that consumes it.  Refuses if anything else does."""
-    node, scores, axis, total = softmax.node, softmax.scores, softmax.axis, softmax.total
-    if scores is None:
+    node, total = softmax.node, softmax.total
+    if softmax.scores is None:
         used = [u for u in node.users if u.users]
         if [u.args[1] for u in used] != [0]:
-            raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used", node)
-        path = frozenset({node, used[0]})
-        return Attention(node, None, axis, None, used[0], used[0], path)
-    contraction, path = consumer(node, () if total is None else toward_sums(node))
+            raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used")
+        (root,) = used
+        return Attention(node, contraction=root, root=root, path=frozenset({node, root}))
+    contraction, path = consumer(softmax)
     root = contraction
     while total is not None and not is_division(root):
-        root = next_carrier(root, "the values are weighed by exponentials that no sum divides")
+        after = only_reader(root, {aten.div.Tensor})
+        if after is None:
+            detail = "the values are weighed by exponentials that no sum divides"
+            raise Refusal(Reason.SOFTMAX, detail, root)
+        root = after
         path |= {root}
-    replaced = {root, node}
-    lse = (n for n in log_sum_exps(scores, axis) if escape(n, replaced))
-    return Attention(node, scores, axis, total, contraction, root, path, tuple(lse))
+    scores = original(softmax.scores)
+    same = (x for x in softmax.sums if x.axis == softmax.axis and original(x.scores) is scores)
+    lse = tuple(log for row in same for log in row.logarithms() if escape(log, {root, node}))
+    return Attention(**vars(softmax), contraction=contraction, root=root, path=path, lse=lse)
 
 
 def cropped(attention: Attention) -> Attention | None:
     """The attention up to a slice of its output, if nothing else is used: values may be padded."""
     path = [attention.root]
     while path[-1] is attention.root or path[-1].target is not aten.slice.Tensor:
-        users = readers(path[-1])
-        if len(users) != 1 or users[0].target not in RENAMES | CASTS | {aten.slice.Tensor}:
+        after = only_reader(path[-1], {aten.slice.Tensor})
+        if after is None:
             return None
-        path += users
+        path.append(after)
     return replace(attention, root=path[-1], path=attention.path.union(path))
 
 
-def toward_sums(exponential: Node) -> set[Node]:
-    """The sums of the exponentials, and the casts on the way to them."""
-    found = set()
-    for total, _ in row_sums(exponential):
-        node = total
-        while node is not exponential:
-            found.add(node)
-            node = node.args[0]
-    return found
+def only_reader(node: Node, others: Collection[object]) -> Node | None:
+    """The one reader of a node, if that is a view of all of it, a cast or one of `others`."""
+    users = readers(node)
+    return users[0] if len(users) == 1 and users[0].target in RENAMES | CASTS | others else None
 
 
-def consumer(weights: Node, beside: Collection[Node]) -> tuple[Node, frozenset[Node]]:
-    """The one contraction that the weights end in, and the way to it, `beside` not counted."""
-    node, path = weights, {weights}
+def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
+    """The one contraction that the weights end in, and the way to it; their sums do not count."""
+    node, path, beside = softmax.node, {softmax.node}, set()
+    for row in softmax.sums if softmax.total is not None else ():
+        summed = row.total
+        while row.exponential is node is not summed:
+            beside.add(summed)
+            summed = summed.args[0]
     while True:
         users = [u for u in readers(node) if u not in beside]
         if len(users) != 1:
@@ -342,30 +315,14 @@ def is_division(node: Node) -> bool:
     return node.target is aten.div.Tensor and is_tensor(node.args[1]) and bool(shape(node.args[1]))
 
 
-def next_carrier(node: Node, otherwise: str) -> Node:
-    users = readers(node)
-    if len(users) != 1 or users[0].target not in RENAMES | CASTS | {aten.div.Tensor}:
-        raise Refusal(Reason.SOFTMAX, otherwise, node)
-    return users[0]
-
-
 def is_random(node: Node) -> bool:
     """A random tensor, or a comparison or cast of one: a dropout mask."""
-    through = RENAMES | CASTS | {aten.gt.Scalar, aten.lt.Scalar, aten.div.Tensor}
-    while node.op == "call_function" and node.target in through:
+    while node.target in RENAMES | CASTS | {aten.gt.Scalar, aten.lt.Scalar, aten.div.Tensor}:
         node = node.args[0]
     return any(word in str(node.target) for word in ("rand", "bernoulli", "dropout"))
 
 
 def escape(node: Node, replaced: Collection[Node]) -> Node | None:
     """A node beyond the attention that needs `node` even where `replaced` are recomputed."""
-    seen, todo = {node}, [node]
-    while todo:
-        for user in readers(todo.pop()):
-            if user in seen or user in replaced:
-                continue
-            if user.op == "output" or user.is_impure():
-                return user
-            seen.add(user)
-            todo.append(user)
-    return None
+    after = reached(node, lambda n: [user for user in readers(n) if user not in replaced])
+    return next((n for n in after if n is not node and (n.op == "output" or n.is_impure())), None)

@@ -78,6 +78,10 @@ def values_one_token_late(x: Inputs) -> Tensor:
     return attend(absorbed_scores(early).softmax(-1), x, x.kv_c[:, 1:])
 
 
+def values_shifted_by_padding(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(-1), x, F.pad(x.kv_c, [0, 0, 1, -1]))
+
+
 def values_of_another_sequence(x: Inputs) -> Tensor:
     return attend(absorbed_scores(x).softmax(-1), x, x.kv_c[:1].expand_as(x.kv_c))
 
@@ -311,6 +315,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (values_wider_than_the_keys, Reason.VALUE),
     (values_in_reverse_order, Reason.VALUE),
     (values_one_token_late, Reason.VALUE),
+    (values_shifted_by_padding, Reason.VALUE),
     (values_of_another_sequence, Reason.VALUE),
     (values_from_before_the_cache_write, Reason.VALUE),
     (score_squared, Reason.SCORE),

@@ -249,6 +249,47 @@ def test_a_length_may_be_a_difference_of_tensors() -> None:
 
 
 @torch.no_grad()
+def test_queries_in_an_order_that_a_tensor_says_meet_one_fused_cache() -> None:
+    def permuted(x: Inputs) -> Tensor:
+        q = torch.cat([torch.einsum("bshd,hdc->bshc", x.q_nope, x.W_UK), x.q_pe], -1)
+        order = torch.arange(q.shape[-1], device=q.device).flip(0)
+        s = torch.einsum("bshd,btd->bsht", q[..., order], x.fused) * SCALE
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.fused[..., :32])
+
+    compiled, x = Compiled(permuted), inputs()
+    torch.testing.assert_close(compiled(x), permuted(x))
+    assert compiled.count(OP) == 1
+
+
+def probabilities_of_twice_the_shift(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    return torch.sub(s, s.logsumexp(-1, keepdim=True), alpha=2).exp()
+
+
+def probabilities_without_other_rows(x: Inputs) -> Tensor:
+    """As in ATen's safe softmax, but query t is left out where nobody sees token t."""
+    s = absorbed_scores(x).masked_fill(torch.arange(x.kv_c.shape[1]) == 1, float("-inf"))
+    hidden = s.transpose(1, 3) == float("-inf")
+    unseen = hidden.logical_not().any(-1, keepdim=True).logical_not()
+    return torch.where(unseen, 0.0, s.softmax(-1))
+
+
+@pytest.mark.parametrize(
+    "probabilities", [probabilities_of_twice_the_shift, probabilities_without_other_rows]
+)
+@torch.no_grad()
+def test_what_is_nearly_a_softmax_is_left_alone(
+    probabilities: Callable[[Inputs], Tensor],
+) -> None:
+    def decode(x: Inputs) -> Tensor:
+        return torch.einsum("bsht,btc->bshc", probabilities(x), x.kv_c)
+
+    compiled, x = Compiled(decode), inputs(Sq=8, Skv=8)
+    torch.testing.assert_close(compiled(x), decode(x))
+    assert compiled.count(OP) == 0
+
+
+@torch.no_grad()
 def test_a_causal_mask_of_more_queries_than_tokens_is_read() -> None:
     """With a finite fill the first queries, which see nothing, average over all tokens."""
     x = inputs(Sq=5, Skv=4)
