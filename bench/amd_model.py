@@ -275,7 +275,9 @@ def our_tiles(
     with (
         mock.patch.object(decode, "_stage1", stage1),
         mock.patch.object(decode, "combine_kernel", Recorded(combine_kernel, arch, compiler)),
-        mock.patch.object(decode, "combine_cut_kernel", Recorded(combine_cut_kernel, arch, compiler)),
+        mock.patch.object(
+            decode, "combine_cut_kernel", Recorded(combine_cut_kernel, arch, compiler)
+        ),
     ):
         if even:  # on a GPU so small that they are many tiles
             key, _ = decode._device(call.q_nope.device)

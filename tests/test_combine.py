@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
-from mla_compile.kernels.config import combine_blocks
+from mla_compile.kernels.combine import combine_cut_kernel
 
 N, LKV, ROWS = 3, 32, 16
 # Parts of each sequence, 0 where it is whole, and the group in which it begins.
