@@ -221,17 +221,11 @@ def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.con
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr):
-    return gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-
-
-@gluon.jit
-def _init(rings, arrivals):
-    """By turns: between two of a ring Triton has the whole warpgroup wait."""
-    for i in gl.static_range(LEFT):
-        for j in gl.static_range(len(rings)):
-            if i < rings[j].shape[0]:
-                mbarrier.init(rings[j].index(i), count=arrivals[j])
+def _barriers(COUNT: gl.constexpr, arrivals):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=arrivals)
+    return bars
 
 
 @gluon.jit(
@@ -302,15 +296,16 @@ def sm90_kernel(
     fade_smem = gl.allocate_shared_memory(gl.float32, [ROWS], FLAT)
     sum_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
 
-    full = _barriers(LEFT), _barriers(RIGHT), _barriers(RIGHT)
-    empty = _barriers(LEFT), _barriers(RIGHT), _barriers(RIGHT)
-    p_full = _barriers(1)
-    p_empty = _barriers(1)
-    scored = _barriers(1)
-    sum_full = _barriers(2)
-    # Each thread of `gather` arrives, and both `values`.
-    rings = full + empty + (p_full, p_empty, scored, sum_full)
-    _init(rings, (128, 128, 128, 1, 1, 1, 1, 2, 1, 1))
+    left_full = _barriers(LEFT, 128)  # each thread of `gather` arrives
+    left_empty = _barriers(LEFT, 1)
+    right_full = _barriers(RIGHT, 128)
+    right_empty = _barriers(RIGHT, 1)
+    last_full = _barriers(RIGHT, 128)
+    last_empty = _barriers(RIGHT, 1)
+    p_full = _barriers(1, 1).index(0)
+    p_empty = _barriers(1, 2).index(0)  # both `values`
+    scored = _barriers(1, 1).index(0)
+    sum_full = _barriers(2, 1)
 
     caches = (kv_c_ptr, k_pe_ptr, table_ptr)
     cache_strides = (stride_cp, stride_cs, stride_kp, stride_ks, stride_table)
@@ -346,10 +341,11 @@ def sm90_kernel(
     else:
         work = ((pid, num_items, programs), num_splits, lengths, 0, 0)
     tiles = (left, right, last, rope)
-    near = (left, left), (empty[0], empty[0])
-    far = (right, last), (empty[1], empty[2])
-    ready = (p_full.index(0), p_empty.index(0), scored.index(0), sum_full)
-    shared = (p_smem, fade_smem, sum_smem) + ready  # noqa: RUF005
+    full = (left_full, right_full, last_full)
+    empty = (left_empty, right_empty, last_empty)
+    near = (left, left), (left_empty, left_empty)
+    far = (right, last), (right_empty, last_empty)
+    shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full)
     scale = sm_scale * LOG2E
     sums = (lse_ptr, part_ml_ptr)
     CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL, MODE)
