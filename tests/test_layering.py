@@ -17,9 +17,8 @@ kernels.config kernels.split kernels.combine
 kernels.cdna kernels.schedule kernels.walk kernels.cdna3 kernels.cdna4
 kernels.hopper kernels.gather kernels.sm90
 kernels.launch kernels.decode ops
-passes.graph passes.indexing passes.views passes.site passes.softmax
-passes.normal_form passes.masks passes.paging passes.score passes.recognise
-passes.absorb passes.rewrite passes.inductor
+passes.graph passes.indexing passes.site passes.softmax passes.normal_form
+passes.paging passes.score passes.recognise passes.rewrite passes.inductor
 backend saving picture page report demo selftest __main__
 """
 SOURCES = sorted(

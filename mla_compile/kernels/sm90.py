@@ -164,7 +164,11 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
 
 @gluon.jit
 def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.constexpr):
-    """Two accumulators of PART columns. WHOLE: both have their V in one tile, released at once."""
+    """Two accumulators of PART columns. WHOLE: both have their V in one tile, released at once.
+
+    That one begins when the next tile's scores are there: if all three warpgroups were at the
+    tensor cores at once, the scores, for which the next tile waits, would come last.
+    """
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, A)
     N: gl.constexpr = CALL[0]

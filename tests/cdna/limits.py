@@ -47,8 +47,9 @@ LIMITS = {
     # It reads once and writes once: eight waves a SIMD hide its latency; up to 64 registers do.
     ("gfx942", "combine"): Limit(64, programs=8),
     ("gfx950", "combine"): Limit(64, programs=8),
-    ("gfx942", "combine_cut"): Limit(64, programs=4),
-    ("gfx950", "combine_cut"): Limit(64, programs=4),
+    # Eight rows of parts at once, 16 registers a lane.
+    ("gfx942", "combine_cut"): Limit(104, programs=4),
+    ("gfx950", "combine_cut"): Limit(104, programs=4),
 }
 # Part of a binary's name, what is wrong with it, and why that stands.
 EXCEPTIONS = (
