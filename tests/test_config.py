@@ -187,6 +187,17 @@ def test_num_splits_on_an_h200(programs: int, context: int, least: int, most: in
 
 
 @pytest.mark.parametrize(
+    ("B", "context", "fastest"),
+    [(1, 512, 8), (1, 4096, 32), (1, 8192, 32), (1, 32768, 64), (2, 4096, 16)],
+)
+def test_num_splits_of_hoppers_kernel_are_the_fastest_seen(
+    B: int, context: int, fastest: int
+) -> None:
+    combine = GLUON["sm90"][0].combine
+    assert num_splits(2 * B, context // 64, H200, combine=combine) == fastest
+
+
+@pytest.mark.parametrize(
     ("arch", "units", "heads", "expected"),
     [
         pytest.param("gfx942", 304, 128, 1, id="MI300X-128-heads"),
