@@ -95,7 +95,7 @@ def combine_kernel(
     merged = _merge(
         part_out_ptr, part_ml_ptr, row * num_splits, real, num_splits, cols, LKV, 0, BLOCK_S
     )
-    first = tl.program_id(1) == 0
+    first = tl.program_id(1) + tl.arange(0, 1) == 0
     _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, first)
 
 
