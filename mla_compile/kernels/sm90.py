@@ -82,10 +82,43 @@ def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
 
 
 @gluon.jit
+def _fetch_query(queries, strides, block, N):
+    """The halves of q_nope on their way to registers, and q_pe to shared memory."""
+    C: gl.constexpr = gather_layout()
+    q_nope_ptr, q_pe_ptr, _, q_pe_smem = queries
+    stride_qt, stride_qn, stride_pt, stride_pn = strides
+    token, head = cdna.rows_of(block, N, ROWS, gl.SliceLayout(1, C))
+    query = block[1] + token
+    head = head.to(gl.int64)
+    cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, C))[None, :]
+    at = (q_nope_ptr + (query * stride_qt + head * stride_qn))[:, None] + cols
+    real = cdna.owned(block, N, ROWS, gl.SliceLayout(1, C))[:, None]
+    right = gl.load(at + HALF, mask=real)
+    left = gl.load(at, mask=real)
+    copy_rows(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C)
+    async_copy.commit_group()
+    return left, right
+
+
+@gluon.jit
+def _place_query(halves, queries, S: gl.constexpr):
+    """The left half in shared memory, which the right half passes on its way to where wgmma wants
+    it: loaded straight, it would come 4 bytes a lane at a time."""
+    Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    left, right = halves
+    _, _, q_smem, q_pe_smem = queries
+    q_smem.store(right)
+    q_right = q_smem.slice(0, PART, dim=1).load(Q)
+    q_last = q_smem.slice(PART, PART, dim=1).load(Q)
+    q_smem.store(left)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    return q_right, q_last, q_pe_smem
+
+
+@gluon.jit
 def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared, SPLIT):
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    C: gl.constexpr = gather_layout()
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     N: gl.constexpr = CALL[0]
     CAUSAL: gl.constexpr = CALL[2]
@@ -94,8 +127,7 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
     DIAGONAL: gl.constexpr = CAUSAL and N % ROWS != 0
     begin, stop, step = work[0]
     lse_ptr, part_ml_ptr = sums
-    q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem = queries
-    stride_qt, stride_qn, stride_pt, stride_pn = strides
+    q_smem = queries[2]
     p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full = shared
     g = 0
     turn = 0
@@ -106,23 +138,9 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
         lo, hi, _, _, _ = keys
         m_i = gl.full([ROWS], UNSEEN, gl.float32, ROW)
         l_i = gl.zeros([ROWS], gl.float32, ROW)
+        halves = _fetch_query(queries, strides, block, N)
         if lo < hi:
-            token, head = cdna.rows_of(block, N, ROWS, gl.SliceLayout(1, C))
-            query = block[1] + token
-            head = head.to(gl.int64)
-            copy_rows(q_smem, q_nope_ptr + (query * stride_qt + head * stride_qn), C)
-            copy_rows(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C)
-            async_copy.commit_group()
-            q_right = cdna.load_query(
-                q_nope_ptr + HALF, block, stride_qt, stride_qn, N, ROWS, PART, Q
-            )
-            q_last = cdna.load_query(
-                q_nope_ptr + HALF + PART, block, stride_qt, stride_qn, N, ROWS, PART, Q
-            )
-            q = (q_right, q_last, q_pe_smem)
-            async_copy.wait_group(0)
-            fence_async_shared()
-
+            q = _place_query(halves, queries, S)
             acc = gl.zeros([ROWS, KEYS], gl.float32, S)
             acc = _score_left(acc, q_smem, tiles[0], full[0], g)
             acc = _score_right(acc, q, tiles, full, g)
