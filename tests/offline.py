@@ -87,13 +87,15 @@ def compile_split(arch: str, config: Config, types: dict[str, str], page_size: i
 
 
 def compile_combine(arch: str) -> Any:
-    block_s, block_l = combine_blocks(64, LKV)
+    tiled = arch == "sm90"
+    _, block_s, block_l = combine_blocks(64, LKV, tiled)
     types = dict.fromkeys(("part_out_ptr", "part_ml_ptr", "lse_ptr"), "*fp32")
     types["out_ptr"] = "*bf16"
     constants = {
         "N": N,
         "LKV": LKV,
         "EARLY": arch == "sm90",
+        "TILED": tiled,
         "BLOCK_S": block_s,
         "BLOCK_L": block_l,
     }

@@ -1,4 +1,4 @@
-"""What a schedule cut is merged, and what it did not cut is left alone."""
+"""Splits are merged, however they lie; what a schedule cut is too, and the rest is left alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mla_compile.kernels.combine import combine_cut_kernel
+from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
 
 N, LKV, ROWS = 3, 32, 16
 # Parts of each sequence, 0 where it is whole, and the group in which it begins.
@@ -32,6 +32,32 @@ def merged(part_out: Tensor, part_ml: Tensor) -> tuple[Tensor, Tensor]:
     lse = log.logsumexp(0)
     weight = (log - lse.masked_fill(lse == -math.inf, 0)).exp()
     return (part_out.double() * weight[..., None]).sum(0), lse
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
+@pytest.mark.parametrize("num_splits", [3, 9])
+def test_splits_are_merged(device: str, tiled: bool, num_splits: int) -> None:
+    rows, block_s, block_l = 2 * 16, 4, 16  # of two tokens
+    part_out = torch.randn(rows, num_splits, LKV)
+    part_ml = torch.stack([torch.randn(rows, num_splits) * 20, torch.rand(rows, num_splits)], -1)
+    empty = torch.arange(rows * num_splits).view(rows, num_splits) % 5 == 0
+    empty[7] = True
+    part_out[empty], part_ml[empty] = 0, torch.tensor([-math.inf, 0])
+    expected, expected_lse = merged(part_out.transpose(0, 1), part_ml.transpose(0, 1))
+    if tiled:  # 16 rows are (h, r), LKV columns (j, t, e)
+        tiles = part_out.view(rows // 16, 2, 8, num_splits, LKV // 8, 4, 2)
+        part_out = tiles.permute(0, 3, 4, 2, 5, 1, 6).contiguous()
+    out, lse = torch.full((2, 16, LKV), math.nan), torch.full((2, 16), math.nan)
+    tensors = [t.to(device) for t in (part_out, part_ml, out, lse)]
+    strides = {"stride_ot": 16 * LKV, "stride_on": LKV}
+    blocks = {"BLOCK_S": block_s, "BLOCK_L": block_l}
+    combine_kernel[(rows // (1 + tiled), LKV // block_l)](
+        *tensors, num_splits, **strides, N=16, LKV=LKV, EARLY=False, TILED=tiled, **blocks
+    )
+    out, lse = tensors[2].cpu().double(), tensors[3].cpu().double()
+    torch.testing.assert_close(out, expected.nan_to_num(0).view(2, 16, LKV), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.view(2, 16), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -231,9 +231,12 @@ def test_num_splits_never_exceeds_tiles_or_the_limit() -> None:
 
 @pytest.mark.parametrize("splits", [2, 3, 64, MAX_SPLITS])
 @pytest.mark.parametrize("Lkv", [16, 24, 512, 1000])
-def test_combine_blocks_stay_within_the_register_budget(splits: int, Lkv: int) -> None:
-    block_s, block_l = combine_blocks(splits, Lkv)
-    assert block_s >= min(splits, 64) and block_l >= min(Lkv, 32) and block_s * block_l <= 2048
+@pytest.mark.parametrize("tiled", [False, True])
+def test_combine_blocks_stay_within_the_register_budget(splits: int, Lkv: int, tiled: bool) -> None:
+    rows, block_s, block_l = combine_blocks(splits, Lkv, tiled)
+    assert rows == 1 + tiled
+    assert block_s >= min(splits, 64) and block_l >= min(Lkv, 16)
+    assert rows * block_s * block_l <= 2048
 
 
 def test_workspace_holds_out_m_and_l_of_every_row_and_split() -> None:

@@ -6,7 +6,8 @@ A part with l_i = 0 and out_i = 0 is the identity. If all are, out = 0 and lse =
 splits of a row, equally many everywhere, or what a `schedule` cut its sequence into: none where it
 was not cut, whose out is in place.
 
-EARLY: it was launched while stage 1 still ran.
+EARLY: it was launched while stage 1 still ran. TILED: the parts of 16 rows lie as a warp of wgmma
+has them, [LKV / 8, 8 rows, 4 lanes, 2 rows, 2 columns], where it stores 512 adjacent bytes at once.
 """
 
 import triton
@@ -23,29 +24,31 @@ def _finite(m):
 
 @triton.jit
 def _merge(
-    part_out_ptr,
-    part_ml_ptr,
-    first,  # [rows]: where the parts of each begin
+    out_ptrs,  # [rows, cols], of the first part of each
+    ml_ptrs,  # [rows]
     real,  # [rows]
     parts,
     cols,
     LKV: tl.constexpr,
-    APART: tl.constexpr,  # rows from a part's slot to the next, 0: the parts of a row are adjacent
+    OUT_STEP: tl.constexpr,  # from a part to the next, or from a slot to the next
+    ML_STEP: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK_S: tl.constexpr,  # parts at once
 ):
     """out [rows, cols], l and m."""
-    m = tl.full([first.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([first.shape[0]], tl.float32)
-    out = tl.zeros([first.shape[0], cols.shape[0]], tl.float32)
+    m = tl.full([real.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([real.shape[0]], tl.float32)
+    out = tl.zeros([real.shape[0], cols.shape[0]], tl.float32)
     for start in tl.range(0, parts, BLOCK_S):
         i = start + tl.arange(0, BLOCK_S)
         # Of a group's two slots one is for what goes on from before, one for what begins in it.
-        part = first[:, None] + (i if APART == 0 else (2 * i - (i > 0)) * APART)[None, :]
+        step = 2 * i - (i > 0) if CUT else i
         there = real[:, None] & (i < parts)[None, :]
-        part_m = tl.load(part_ml_ptr + part * 2, mask=there, other=float("-inf"))
-        part_l = tl.load(part_ml_ptr + part * 2 + 1, mask=there, other=0.0)
+        ml = ml_ptrs[:, None] + step[None, :] * ML_STEP
+        part_m = tl.load(ml, mask=there, other=float("-inf"))
+        part_l = tl.load(ml + 1, mask=there, other=0.0)
         part_out = tl.load(
-            part_out_ptr + part[:, :, None] * LKV + cols[None, None, :],
+            out_ptrs[:, None, :] + step[None, :, None] * OUT_STEP,
             mask=there[:, :, None] & (cols < LKV)[None, None, :],
             other=0.0,
         )
@@ -71,9 +74,17 @@ def _store(
     tl.store(lse_ptr + row, lse, mask=real & LSE)
 
 
+@triton.jit
+def _in_tiles(row, cols, num_splits, LKV: tl.constexpr):
+    """[rows, cols]: where the first part of each lies."""
+    row = row // 16 * num_splits * (16 * LKV) + row % 8 * 16 + row // 8 % 2 * 2
+    at = row[:, None] + (cols // 8 * 128 + cols % 8 // 2 * 4 + cols % 2)[None, :]
+    return tl.max_contiguous(tl.multiple_of(at, (1, 2)), (1, 2))
+
+
 @triton.jit(do_not_specialize=["num_splits"])
 def combine_kernel(
-    part_out_ptr,  # [T, N, num_splits, LKV] fp32
+    part_out_ptr,  # [T, N, num_splits, LKV] fp32, if TILED [T * N / 16, num_splits, 16 * LKV]
     part_ml_ptr,  # [T, N, num_splits, 2] fp32
     out_ptr,  # [T, N, LKV]
     lse_ptr,  # [T, N]
@@ -83,20 +94,27 @@ def combine_kernel(
     N: tl.constexpr,
     LKV: tl.constexpr,
     EARLY: tl.constexpr,
+    TILED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """A program owns one row and BLOCK_L of its columns."""
+    """A program owns BLOCK_L columns of a row, or of the two that a tile has side by side."""
     if EARLY:
         gdc_wait()
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    pid = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    if TILED:
+        row = pid // 8 * 16 + pid % 8 + 8 * tl.arange(0, 2)
+        out_ptrs = part_out_ptr + _in_tiles(row, cols, num_splits, LKV)
+    else:
+        row = pid + tl.arange(0, 1)
+        out_ptrs = part_out_ptr + (row * num_splits * LKV)[:, None] + cols[None, :]
     real = row >= 0
-    merged = _merge(
-        part_out_ptr, part_ml_ptr, row * num_splits, real, num_splits, cols, LKV, 0, BLOCK_S
-    )
-    first = tl.program_id(1) + tl.arange(0, 1) == 0
-    _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, first)
+    STEP: tl.constexpr = 16 * LKV if TILED else LKV
+    ml_ptrs = part_ml_ptr + row * num_splits * 2
+    merged = _merge(out_ptrs, ml_ptrs, real, num_splits, cols, LKV, STEP, 2, False, BLOCK_S)
+    lse = tl.program_id(1) + tl.arange(0, 1) == 0
+    _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, lse)
 
 
 @triton.jit(do_not_specialize=["num_groups"])
@@ -137,19 +155,22 @@ def combine_cut_kernel(
     begin = ((group - began - 1) * SHARES + tl.program_id(0) % SHARES) * share
     end = tl.minimum(begin + share, sq * N)
     cols = tl.arange(0, BLOCK_L)
-    slot = (2 * began + 1) * ROWS
+    out_ptrs = part_out_ptr + (2 * began + 1) * (ROWS * LKV) + cols[None, :]
+    ml_ptrs = part_ml_ptr + (2 * began + 1) * (ROWS * 2)
     # 8 rows of parts at once: 32 registers a thread of 128, and no sum between warps.
     if parts <= 4:
         for block in tl.range(begin, end, 4):
             row = block + tl.arange(0, 4)
             real = row < end
-            merged = _merge(part_out_ptr, part_ml_ptr, slot + row, real, parts, cols, LKV, ROWS, 2)
+            at, ml = out_ptrs + row[:, None] * LKV, ml_ptrs + row * 2
+            merged = _merge(at, ml, real, parts, cols, LKV, ROWS * LKV, ROWS * 2, True, 2)
             row += q_start * N
             _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)
     else:
         for block in tl.range(begin, end, 1):
             row = block + tl.arange(0, 1)
             real = row < end
-            merged = _merge(part_out_ptr, part_ml_ptr, slot + row, real, parts, cols, LKV, ROWS, 8)
+            at, ml = out_ptrs + row[:, None] * LKV, ml_ptrs + row * 2
+            merged = _merge(at, ml, real, parts, cols, LKV, ROWS * LKV, ROWS * 2, True, 8)
             row += q_start * N
             _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)

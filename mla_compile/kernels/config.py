@@ -25,6 +25,7 @@ class Config:
     # Tiles of a program from which on a `schedule` saves more than it costs; None: there is none.
     even_from: int | None = None
     early: bool = False  # the combine is launched before stage 1 ends, and waits for it
+    tiled: bool = False  # it stores parts of 16 rows as its warps have them
     covers: tuple[str, ...] = ()  # rare features it has, which other Gluon kernels lack
     least: tuple[int, int] = (0, 0)  # not for so few rows with fewer keys than that in the batch
     table_stage: bool = False  # a stage is for the page table: without one, one stage less
@@ -158,6 +159,7 @@ GLUON: dict[str, tuple[Config, ...]] = {
             combine=1 / 21,  # 2 sequences of 4096: 22 µs in 16 splits each, 25 in 32
             persistent=True,
             early=True,
+            tiled=True,
             # 2 sequences of 8192, 3.9 tiles: 33 µs by a schedule, 27 by splits. A tile takes 2.
             even_from=4,
             covers=(KEY_MASK,),
@@ -277,13 +279,17 @@ def workspace_numel(dims: Dims, splits: int) -> int:
     return dims.T * dims.N * splits * (dims.Lkv + 2)
 
 
-def combine_blocks(parts: int, Lkv: int) -> tuple[int, int]:
-    """BLOCK_S, BLOCK_L of the combine: a program is a warp with at most 2048 fp32 partials at once.
+def combine_blocks(parts: int, Lkv: int, tiled: bool = False) -> tuple[int, int, int]:
+    """Rows, BLOCK_S and BLOCK_L of the combine: a program is a warp with at most 2048 fp32 partials
+    at once.
 
-    One sequence in 32 splits on an H200: 18.3 µs; with 4 warps of as many registers 19.6.
+    One sequence in 32 splits on an H200: 18.3 µs; with 4 warps of as many registers 19.6. In tiles
+    19.0 by 16 columns, 19.8 by 32 where that took 19.3; in 64 splits 34.4 for 35.9.
     """
     block_s = min(ceil_pow2(parts), 64)
-    return block_s, min(ceil_pow2(Lkv), 2048 // block_s)
+    if tiled:
+        return 2, block_s, min(Lkv, 1024 // block_s if block_s <= 16 else 16)
+    return 1, block_s, min(ceil_pow2(Lkv), 2048 // block_s)
 
 
 MAX_EVEN = 1024  # sequences of a `schedule`; more are even enough, and every program looks at all

@@ -207,12 +207,14 @@ def make_plan(
     rows = dims.T * dims.N
     strides = (dims.N * splits * dims.Lkv, splits * dims.Lkv, dims.Lkv)
     stage1 = _split(call, config, (programs, items), splits, strides)
-    block_s, block_l = combine_blocks(splits, dims.Lkv)
+    tiled = _tiled(dims, config)
+    block_r, block_s, block_l = combine_blocks(splits, dims.Lkv, tiled)
     stage2 = Launch(
         combine_kernel,
-        (rows, -(-dims.Lkv // block_l), 1),
+        (rows // block_r, -(-dims.Lkv // block_l), 1),
         {
             "num_splits": splits,
+            "TILED": tiled,
             "BLOCK_S": block_s,
             "BLOCK_L": block_l,
             **_combined(dims, config, out_strides),
@@ -269,6 +271,10 @@ def _combined(dims: Dims, config: Config, out_strides: tuple[int, ...]) -> dict[
 
 def _overlap(config: Config) -> dict[str, Any]:
     return {"launch_pdl": True} if config.early else {}
+
+
+def _tiled(dims: Dims, config: Config) -> bool:
+    return config.tiled and dims.N % 16 == 0
 
 
 def _check_workspace(workspace: Tensor | None, needed: int) -> None:
@@ -370,6 +376,7 @@ def _split(
             "CAUSAL": call.causal,
             "MASK_ROWS": _mask_rows(call),
             "SPLIT": splits > 1,
+            "TILED": splits > 1 and _tiled(dims, config),
             "BLOCK_B": max(64, ceil_pow2(dims.B)),
             "ALIKE": cache.kv_c.stride()[:2] == cache.k_pe.stride()[:2],
             "RELOAD_V": config.reload_v,

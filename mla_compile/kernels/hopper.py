@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 
 import mla_compile.kernels.cdna as cdna
 import mla_compile.kernels.schedule as schedule
-from mla_compile.kernels.cdna import LOG2E
+from mla_compile.kernels.cdna import LKV, LOG2E
 from mla_compile.kernels.split import FLOOR
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of a block, what one wgmma has
@@ -103,3 +103,17 @@ def fade(acc, factor):
     return gl.inline_asm_elementwise(
         FADE_ASM, FADE_TIES, [acc, factor], dtype=gl.float32, is_pure=True, pack=FADED
     )
+
+
+@gluon.jit
+def store_tiles(ptr, acc, block, N, num_splits):
+    """Columns of a part as `combine` reads them: a warp has a tile of 16 rows."""
+    COLS: gl.constexpr = acc.shape[1]
+    acc = acc.reshape([4, 2, 8, COLS // 8, 4, 2]).permute((0, 3, 2, 4, 1, 5))
+    acc = acc.reshape([4, 16 * COLS])
+    L: gl.constexpr = acc.type.layout
+    row = block[0] + 16 * gl.arange(0, 4, layout=gl.SliceLayout(1, L))
+    tile = (block[1] * N + row) // 16 * num_splits + block[3]
+    cols = gl.arange(0, 16 * COLS, layout=gl.SliceLayout(0, L))
+    at = (tile * (16 * LKV))[:, None] + cols[None, :]
+    gl.store(ptr + at, acc, mask=(row < block[2] * N)[:, None])

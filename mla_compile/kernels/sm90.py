@@ -181,7 +181,7 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
 
 
 @gluon.jit
-def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.constexpr):
+def _values(work, CALL, outs, strides, tiles, shared, STAGES, WHOLE, TILED: gl.constexpr):
     """Two accumulators of PART columns. WHOLE: both have their V in one tile, released at once.
 
     That one begins when the next tile's scores are there: if all three warpgroups were at the
@@ -193,6 +193,7 @@ def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.con
     MODE: gl.constexpr = CALL[3]
     begin, stop, step = work[0]
     out_ptr, part_out_ptr = outs
+    v, v_empty = tiles
     p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full = shared
     g = 0
     turn = 0
@@ -232,7 +233,10 @@ def _values(work, CALL, outs, strides, v, v_empty, shared, STAGES, WHOLE: gl.con
             acc0 *= scale[:, None]
             acc1 *= scale[:, None]
             turn += 1
-        if MODE != "even" or block[3] < 0:
+        if TILED:
+            hopper.store_tiles(out_ptr, acc0, block, N, work[1])
+            hopper.store_tiles(out_ptr + 16 * PART, acc1, block, N, work[1])
+        elif MODE != "even" or block[3] < 0:
             cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
             cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
         else:
@@ -265,7 +269,7 @@ def sm90_kernel(
     q_pe_ptr,  # [T, N, R]
     kv_c_ptr,  # [pages, page_size, LKV]
     k_pe_ptr,  # [pages, page_size, R]
-    out_ptr,  # [T, N, LKV], or fp32 [T, N, num_splits, LKV] if SPLIT
+    out_ptr,  # [T, N, LKV], or fp32 parts if SPLIT: [T, N, num_splits, LKV], or TILED
     lse_ptr,  # [T, N], or (m, l) as [T, N, num_splits, 2] if SPLIT
     table_ptr,  # None: sequence b owns page b
     starts_ptr,  # [B+1] of a CSR table, else None
@@ -301,6 +305,7 @@ def sm90_kernel(
     PAGE_SIZE: gl.constexpr,  # page_size, or 0 where no table is read
     CAUSAL: gl.constexpr,
     SPLIT: gl.constexpr,  # the KV is split: write what `combine` merges
+    TILED: gl.constexpr,  # those parts lie as `combine` says
     ALIKE: gl.constexpr,  # kv_c and k_pe have the same strides
     BLOCK_B: gl.constexpr,  # a power of two, from `num_items` on where that counts sequences
 ):
@@ -337,7 +342,7 @@ def sm90_kernel(
     lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
-    outs = (out_ptr, None), (out_ptr + HALF, None)
+    outs = (out_ptr, None), (out_ptr + (16 * HALF if TILED else HALF), None)
     mask = (None, 0, 0, 0, 0)
     MODE: gl.constexpr = (
         "even" if part_out_ptr is not None else "masked" if mask_ptr is not None else "splits"
@@ -377,8 +382,8 @@ def sm90_kernel(
                 _scores,
                 (work, CALL, queries, strides, scale, mask, sums, tiles, full, shared, SPLIT),
             ),
-            (_values, (work, CALL, outs[0], out_strides, near[0], near[1], shared, LEFT, True)),
-            (_values, (work, CALL, outs[1], out_strides, far[0], far[1], shared, RIGHT, False)),
+            (_values, (work, CALL, outs[0], out_strides, near, shared, LEFT, True, TILED)),
+            (_values, (work, CALL, outs[1], out_strides, far, shared, RIGHT, False, TILED)),
             (gather, (work, CALL, caches, cache_strides, mask, tiles, full, empty, ALIKE)),
         ],
         [4, 4, 4],
