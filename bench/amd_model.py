@@ -38,7 +38,7 @@ from bench.common import RESULTS, provenance, table, write
 from bench.cu import GPUS, Gpu, Step, Traffic, clocks, resident, steps, watching
 from mla_compile.kernels import decode
 from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
-from mla_compile.kernels.config import choose, evenly, num_splits, tuned_arch
+from mla_compile.kernels.config import choose, combine_of, evenly, num_splits, tuned_arch
 from mla_compile.kernels.schedule import CUT, OVERHEAD
 from mla_compile.validate import validate
 from tests.cases import Case, build, outputs
@@ -306,7 +306,7 @@ def our_row(
         programs = shape.B * -(-shape.N // config.block_m)
         tiles = -(-sum(shape.lens) // shape.B // config.block_n)
         at_once = gpu.units * config.per_unit
-        splits = num_splits(programs, tiles, at_once, config.stream, config.combine)
+        splits = num_splits(programs, tiles, at_once, config.stream, combine_of(config, shape.N))
         splits = 1 if whole else splits
         even = not whole and shape.B > 1 and evenly(config, programs, tiles, at_once)
         ours = our_tiles(compiler, arch, pinned, shape.N, page, splits > 1, even)

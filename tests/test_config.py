@@ -25,6 +25,7 @@ from mla_compile.kernels.config import (
     Config,
     choose,
     combine_blocks,
+    combine_of,
     evenly,
     num_splits,
     pick,
@@ -187,14 +188,19 @@ def test_num_splits_on_an_h200(programs: int, context: int, least: int, most: in
 
 
 @pytest.mark.parametrize(
-    ("B", "context", "fastest"),
-    [(1, 512, 8), (1, 4096, 32), (1, 8192, 32), (1, 32768, 64), (2, 4096, 16)],
+    ("heads", "B", "context", "fastest"),
+    [
+        *((128, *seen) for seen in ((1, 512, 8), (1, 4096, 32), (1, 8192, 32), (1, 32768, 64))),
+        *((32, *seen) for seen in ((1, 512, 8), (1, 4096, 64), (1, 8192, 64), (4, 1024, 16))),
+        *((heads, 2, 4096, splits) for heads, splits in ((128, 16), (32, 32))),
+    ],
 )
 def test_num_splits_of_hoppers_kernel_are_the_fastest_seen(
-    B: int, context: int, fastest: int
+    heads: int, B: int, context: int, fastest: int
 ) -> None:
-    combine = GLUON["sm90"][0].combine
-    assert num_splits(2 * B, context // 64, H200, combine=combine) == fastest
+    config = GLUON["sm90"][0]
+    programs, combine = B * -(-heads // config.block_m), combine_of(config, heads)
+    assert num_splits(programs, context // 64, H200, combine=combine) == fastest
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class Config:
     kernel: str = "portable"  # or "cdna3", "cdna4", "sm90"
     per_unit: int = 1  # programs a compute unit holds at once
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
-    combine: float = 1 / 60  # tile-times of a program's partials, written and read back
+    combine: float = 1 / 60  # tile-times of a full block's partials, written and read back
     persistent: bool = False  # as many programs as units, each taking one item after another
     # Tiles of a program from which on a `schedule` saves more than it costs; None: there is none.
     even_from: int | None = None
@@ -317,6 +317,12 @@ def num_splits(
         if cost < best_cost * (1 - 1e-9):
             best, best_cost = splits, cost
     return best
+
+
+def combine_of(config: Config, rows: int) -> float:
+    """`combine` where `rows` query rows of a sequence may leave some of a block empty."""
+    blocks = -(-rows // config.block_m)
+    return config.combine * rows / (blocks * config.block_m)
 
 
 def evenly(config: Config, programs: int, tiles: int, units: int) -> bool:

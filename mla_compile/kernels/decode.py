@@ -26,6 +26,7 @@ from mla_compile.kernels.config import (
     ceil_pow2,
     choose,
     combine_blocks,
+    combine_of,
     evenly,
     num_splits,
     tuned_arch,
@@ -195,7 +196,8 @@ def make_plan(
         secret = cache.lens is not None and 1 < dims.B <= MAX_EVEN  # lengths that may differ
         if secret and call.mask is None and evenly(config, programs, tiles, at_once):
             return _evenly(call, config, out_strides, workspace, at_once)
-        splits = num_splits(programs, tiles, at_once, config.stream, config.combine)
+        combine = combine_of(config, dims.Sq * dims.N)
+        splits = num_splits(programs, tiles, at_once, config.stream, combine)
     items = row_blocks * splits * dims.B
     programs = min(items, units) if config.persistent and call.mask is None else items
     if splits == 1:
