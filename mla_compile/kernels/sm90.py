@@ -82,31 +82,22 @@ def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
 
 
 @gluon.jit
-def _fetch_query(queries, strides, block, N):
-    """The halves of q_nope on their way to registers, and q_pe to shared memory."""
+def _load_query(queries, strides, block, N, S: gl.constexpr):
+    """The left half of q_nope in shared memory, which the right half passes on its way to where
+    wgmma wants it: loaded straight, it would come 4 bytes a lane at a time."""
+    Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
     C: gl.constexpr = gather_layout()
-    q_nope_ptr, q_pe_ptr, _, q_pe_smem = queries
+    q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem = queries
     stride_qt, stride_qn, stride_pt, stride_pn = strides
     token, head = cdna.rows_of(block, N, ROWS, gl.SliceLayout(1, C))
     query = block[1] + token
     head = head.to(gl.int64)
     cols = gl.arange(0, HALF, layout=gl.SliceLayout(0, C))[None, :]
     at = (q_nope_ptr + (query * stride_qt + head * stride_qn))[:, None] + cols
-    real = cdna.owned(block, N, ROWS, gl.SliceLayout(1, C))[:, None]
-    right = gl.load(at + HALF, mask=real)
-    left = gl.load(at, mask=real)
+    right = gl.load(at + HALF)
+    left = gl.load(at)
     copy_rows(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C)
     async_copy.commit_group()
-    return left, right
-
-
-@gluon.jit
-def _place_query(halves, queries, S: gl.constexpr):
-    """The left half in shared memory, which the right half passes on its way to where wgmma wants
-    it: loaded straight, it would come 4 bytes a lane at a time."""
-    Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    left, right = halves
-    _, _, q_smem, q_pe_smem = queries
     q_smem.store(right)
     q_right = q_smem.slice(0, PART, dim=1).load(Q)
     q_last = q_smem.slice(PART, PART, dim=1).load(Q)
@@ -138,9 +129,8 @@ def _scores(work, CALL, queries, strides, scale, mask, sums, tiles, full, shared
         lo, hi, _, _, _ = keys
         m_i = gl.full([ROWS], UNSEEN, gl.float32, ROW)
         l_i = gl.zeros([ROWS], gl.float32, ROW)
-        halves = _fetch_query(queries, strides, block, N)
         if lo < hi:
-            q = _place_query(halves, queries, S)
+            q = _load_query(queries, strides, block, N, S)
             acc = gl.zeros([ROWS, KEYS], gl.float32, S)
             acc = _score_left(acc, q_smem, tiles[0], full[0], g)
             acc = _score_right(acc, q, tiles, full, g)
