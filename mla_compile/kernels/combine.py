@@ -24,31 +24,32 @@ def _finite(m):
 
 @triton.jit
 def _merge(
-    out_ptrs,  # [rows, cols], of the first part of each
-    ml_ptrs,  # [rows]
+    part_out_ptr,
+    part_ml_ptr,
+    first,  # [rows]: where the parts of each begin
+    tile,  # [rows]: the same, in elements of tiles, else None
+    col_at,  # [cols]: where in a part they lie
     real,  # [rows]
     parts,
     cols,
     LKV: tl.constexpr,
-    OUT_STEP: tl.constexpr,  # from a part to the next, or from a slot to the next
-    ML_STEP: tl.constexpr,
-    CUT: tl.constexpr,
+    APART: tl.constexpr,  # rows from a part's slot to the next, 0: the parts of a row are adjacent
     BLOCK_S: tl.constexpr,  # parts at once
 ):
     """out [rows, cols], l and m."""
-    m = tl.full([real.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([real.shape[0]], tl.float32)
-    out = tl.zeros([real.shape[0], cols.shape[0]], tl.float32)
+    m = tl.full([first.shape[0]], float("-inf"), tl.float32)
+    total = tl.zeros([first.shape[0]], tl.float32)
+    out = tl.zeros([first.shape[0], cols.shape[0]], tl.float32)
     for start in tl.range(0, parts, BLOCK_S):
         i = start + tl.arange(0, BLOCK_S)
         # Of a group's two slots one is for what goes on from before, one for what begins in it.
-        step = 2 * i - (i > 0) if CUT else i
+        part = first[:, None] + (i if APART == 0 else (2 * i - (i > 0)) * APART)[None, :]
         there = real[:, None] & (i < parts)[None, :]
-        ml = ml_ptrs[:, None] + step[None, :] * ML_STEP
-        part_m = tl.load(ml, mask=there, other=float("-inf"))
-        part_l = tl.load(ml + 1, mask=there, other=0.0)
+        part_m = tl.load(part_ml_ptr + part * 2, mask=there, other=float("-inf"))
+        part_l = tl.load(part_ml_ptr + part * 2 + 1, mask=there, other=0.0)
+        at = part * LKV if tile is None else tile[:, None] + (i * (16 * LKV))[None, :]
         part_out = tl.load(
-            out_ptrs[:, None, :] + step[None, :, None] * OUT_STEP,
+            part_out_ptr + at[:, :, None] + col_at[None, None, :],
             mask=there[:, :, None] & (cols < LKV)[None, None, :],
             other=0.0,
         )
@@ -74,14 +75,6 @@ def _store(
     tl.store(lse_ptr + row, lse, mask=real & LSE)
 
 
-@triton.jit
-def _in_tiles(row, cols, num_splits, LKV: tl.constexpr):
-    """[rows, cols]: where the first part of each lies."""
-    row = row // 16 * num_splits * (16 * LKV) + row % 8 * 16 + row // 8 % 2 * 2
-    at = row[:, None] + (cols // 8 * 128 + cols % 8 // 2 * 4 + cols % 2)[None, :]
-    return tl.max_contiguous(tl.multiple_of(at, (1, 2)), (1, 2))
-
-
 @triton.jit(do_not_specialize=["num_splits"])
 def combine_kernel(
     part_out_ptr,  # [T, N, num_splits, LKV] fp32, if TILED [T * N / 16, num_splits, 16 * LKV]
@@ -105,14 +98,28 @@ def combine_kernel(
     cols = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     if TILED:
         row = pid // 8 * 16 + pid % 8 + 8 * tl.arange(0, 2)
-        out_ptrs = part_out_ptr + _in_tiles(row, cols, num_splits, LKV)
+        tile = row // 16 * num_splits * (16 * LKV) + row % 8 * 16 + row // 8 % 2 * 2
+        col_at = cols // 8 * 128 + cols % 8 // 2 * 4 + cols % 2
+        col_at = tl.max_contiguous(tl.multiple_of(col_at, 2), 2)
     else:
         row = pid + tl.arange(0, 1)
-        out_ptrs = part_out_ptr + (row * num_splits * LKV)[:, None] + cols[None, :]
+        tile = None
+        col_at = cols
     real = row >= 0
-    STEP: tl.constexpr = 16 * LKV if TILED else LKV
-    ml_ptrs = part_ml_ptr + row * num_splits * 2
-    merged = _merge(out_ptrs, ml_ptrs, real, num_splits, cols, LKV, STEP, 2, False, BLOCK_S)
+    first = row * num_splits
+    merged = _merge(
+        part_out_ptr,
+        part_ml_ptr,
+        first,
+        tile,
+        col_at,
+        real,
+        num_splits,
+        cols,
+        LKV,
+        0,
+        BLOCK_S,
+    )
     lse = tl.program_id(1) + tl.arange(0, 1) == 0
     _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, lse)
 
@@ -155,22 +162,23 @@ def combine_cut_kernel(
     begin = ((group - began - 1) * SHARES + tl.program_id(0) % SHARES) * share
     end = tl.minimum(begin + share, sq * N)
     cols = tl.arange(0, BLOCK_L)
-    out_ptrs = part_out_ptr + (2 * began + 1) * (ROWS * LKV) + cols[None, :]
-    ml_ptrs = part_ml_ptr + (2 * began + 1) * (ROWS * 2)
+    slot = (2 * began + 1) * ROWS
     # 8 rows of parts at once: 32 registers a thread of 128, and no sum between warps.
     if parts <= 4:
         for block in tl.range(begin, end, 4):
             row = block + tl.arange(0, 4)
             real = row < end
-            at, ml = out_ptrs + row[:, None] * LKV, ml_ptrs + row * 2
-            merged = _merge(at, ml, real, parts, cols, LKV, ROWS * LKV, ROWS * 2, True, 2)
+            merged = _merge(
+                part_out_ptr, part_ml_ptr, slot + row, None, cols, real, parts, cols, LKV, ROWS, 2
+            )
             row += q_start * N
             _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)
     else:
         for block in tl.range(begin, end, 1):
             row = block + tl.arange(0, 1)
             real = row < end
-            at, ml = out_ptrs + row[:, None] * LKV, ml_ptrs + row * 2
-            merged = _merge(at, ml, real, parts, cols, LKV, ROWS * LKV, ROWS * 2, True, 8)
+            merged = _merge(
+                part_out_ptr, part_ml_ptr, slot + row, None, cols, real, parts, cols, LKV, ROWS, 8
+            )
             row += q_start * N
             _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)
