@@ -163,7 +163,7 @@ GLUON: dict[str, tuple[Config, ...]] = {
             # 2 sequences of 8192, 3.9 tiles: 33 µs by a schedule, 27 by splits. A tile takes 2.
             even_from=4,
             covers=(KEY_MASK,),
-            # 16 heads: 13.4-17.1 µs where the portable kernel takes 13.2-15.0; from here on less.
+            # 16 heads: 12.4-13.8 µs where the portable kernel takes 13.3-13.7; from here on less.
             least=(16, 8192),
             options=_FUSED,
         ),
