@@ -73,6 +73,7 @@ def compile_split(arch: str, config: Config, types: dict[str, str], page_size: i
         "SPLIT": types["out_ptr"] == "*fp32",
         "ALIKE": True,
         "RELOAD_V": config.reload_v,
+        "CHUNK": config.chunk,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_L": ceil_pow2(LKV),

@@ -20,6 +20,7 @@ from mla_compile.kernels.config import (
     BYTE,
     FALLBACK,
     FULL,
+    FULL_FALLBACK,
     GLUON,
     HALF,
     Config,
@@ -47,14 +48,17 @@ H200 = 132
         ("sm90", 128, 512, 4, FULL["sm90"][0]),
         ("sm90", 128, 1024, 2, FALLBACK[0]),
         ("gfx942", 128, 512, 2, HALF["gfx942"][1]),
-        ("gfx942", 8, 512, 4, FALLBACK[0]),
+        ("gfx942", 8, 512, 4, FULL_FALLBACK[0]),
         ("gfx950", 64, 512, 2, HALF["gfx950"][1]),
         ("sm80", 128, 512, 2, HALF["sm80"][1]),
         ("sm80", 128, 512, 4, FULL["sm80"][0]),
         ("sm86", 16, 512, 2, HALF["sm89"][0]),
         ("sm121", 128, 512, 2, HALF["sm120"][1]),
         ("sm103", 128, 512, 2, HALF["sm100"][1]),
+        ("sm86", 128, 512, 4, FULL_FALLBACK[0]),
+        ("sm90", 128, 1024, 4, FULL_FALLBACK[0]),
         ("gfx1200", 128, 512, 2, HALF["gfx1201"][1]),
+        ("gfx1101", 128, 512, 2, HALF["gfx1201"][1]),
         ("sm75", 128, 512, 2, FALLBACK[0]),
         ("interpreter", 128, 512, 2, FALLBACK[0]),
     ],
@@ -89,7 +93,12 @@ def chosen(
         ("gfx950", {"rare": "attn_mask"}, HALF["gfx950"][1], "cdna4 lacks attn_mask"),
         ("gfx950", {"R": 0}, HALF["gfx950"][1], "cdna4 lacks dims 512 + 0"),
         ("gfx950", {"Lkv": 256, "R": 32}, HALF["gfx950"][1], "cdna4 lacks dims 256 + 32"),
-        ("gfx942", {"q_bytes": 4, "kv_bytes": 4}, FALLBACK[0], "cdna3 lacks elements of 4 bytes"),
+        (
+            "gfx942",
+            {"q_bytes": 4, "kv_bytes": 4},
+            FULL_FALLBACK[0],
+            "cdna3 lacks elements of 4 bytes",
+        ),
         ("gfx942", {"kv_bytes": 1}, BYTE["gfx942"][1], "cdna3 lacks elements of 1 byte"),
         ("gfx942", {"pinned": "portable"}, HALF["gfx942"][1], "pinned"),
         ("gfx942", {"pinned": "cdna3"}, GLUON["gfx942"][1], "pinned"),
@@ -162,7 +171,8 @@ def test_explain_says_which_kernel_a_gpu_runs_and_why(
 
 
 @pytest.mark.parametrize(
-    "table", [*HALF.values(), *BYTE.values(), *FULL.values(), *GLUON.values(), FALLBACK]
+    "table",
+    [*HALF.values(), *BYTE.values(), *FULL.values(), *GLUON.values(), FALLBACK, FULL_FALLBACK],
 )
 def test_configs_rise_in_rows(table: tuple[Any, ...]) -> None:
     rows = [config.block_m for config in table]
@@ -250,7 +260,15 @@ def test_workspace_holds_out_m_and_l_of_every_row_and_split() -> None:
 
 
 LIMITS = {"sm90": 227, "gfx942": 64, "gfx950": 160}  # KB of shared memory of a workgroup
-UNTIMED = {"sm80": 163, "sm86": 99, "sm89": 99, "sm100": 227, "sm120": 99, "gfx1201": 64}
+UNTIMED = {
+    "sm80": 163,
+    "sm86": 99,
+    "sm89": 99,
+    "sm100": 227,
+    "sm120": 99,
+    "gfx1100": 64,
+    "gfx1201": 64,
+}
 
 
 def offline(*arguments: str) -> list[dict[str, Any]]:

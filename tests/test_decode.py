@@ -122,7 +122,7 @@ def test_gluon_matches_naive_pytorch(case: Case) -> None:
 
 
 SHIPPED = {
-    (c.block_m, c.block_n, c.reload_v): dataclasses.replace(c, options=())
+    (c.block_m, c.block_n, c.reload_v, c.chunk): dataclasses.replace(c, options=())
     for table in (*HALF.values(), *FULL.values(), FALLBACK)
     for c in table
 }
@@ -130,8 +130,10 @@ SHIPPED = {
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("page_size", [1, 64], ids="pages-of-{}".format)
-@pytest.mark.parametrize("tile", SHIPPED, ids="rows-{0[0]}-keys-{0[1]}-reload-{0[2]}".format)
-def test_every_shipped_tile_is_right(tile: tuple[int, int, bool], page_size: int) -> None:
+@pytest.mark.parametrize(
+    "tile", SHIPPED, ids="rows-{0[0]}-keys-{0[1]}-reload-{0[2]}-chunk-{0[3]}".format
+)
+def test_every_shipped_tile_is_right(tile: tuple[int, int, bool, int], page_size: int) -> None:
     case = Case("tile", lens=(150, 64, 3), N=24, page_size=page_size, num_kv_splits=2)
     problem = build(case)
     assert_right(problem, *run(problem, "cpu", SHIPPED[tile]))

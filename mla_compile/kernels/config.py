@@ -30,6 +30,7 @@ class Config:
     least: tuple[int, int] = (0, 0)  # not for so few rows with fewer keys than that in the batch
     table_stage: bool = False  # a stage is for the page table: without one, one stage less
     reload_v: bool = False  # load the K_c tile a second time as V
+    chunk: int = 0  # columns of Q and K_c that make scores at once, loaded for each tile; 0: all
     options: tuple[tuple[str, Any], ...] = ()  # compiler options of the backend
 
 
@@ -84,24 +85,25 @@ _SM100 = (  # 227 KB
     # tensor memory.
     Config(block_m=64, block_n=32, num_warps=8, num_stages=2),
 )
-# A query row in WMMA's layout fills half of the 256 registers of each wave, so that the rest of a
-# tile is spread over 16 waves: 8 spill 31-104 registers, 64 rows 27, 32 rows under a mask 12. On
-# gfx11 it fills all of them, and whatever the tile 200 are spilled.
-_GFX12 = (
-    Config(block_m=16, block_n=16, num_warps=16, num_stages=1),
-    Config(block_m=32, block_n=16, num_warps=16, num_stages=1),
+# In WMMA's layout a whole query fills the 256 registers of gfx11's waves: 200 spill. By chunks
+# 64 rows spill 51-80 there, 32 keys 45-150; on Triton 3.6, which keeps all chunks, so do these.
+_RDNA = (
+    Config(block_m=16, block_n=16, num_warps=8, chunk=64),
+    Config(block_m=32, block_n=16, num_warps=8, chunk=64),
 )
 HALF: dict[str, tuple[Config, ...]] = {
     **dict.fromkeys(("sm80", "sm87"), _SM80),
     **dict.fromkeys(("sm86", "sm89", "sm120", "sm121"), _SM89),
     **dict.fromkeys(("sm100", "sm103"), _SM100),
-    **dict.fromkeys(("gfx1200", "gfx1201"), _GFX12),
+    **dict.fromkeys(("gfx1100", "gfx1101", "gfx1102", "gfx1150", "gfx1151"), _RDNA),
+    **dict.fromkeys(("gfx1200", "gfx1201"), _RDNA),
     "sm90": (
         # Under 64 rows tl.dot falls from wgmma to mma.sync, which is enough where the cache's
         # bandwidth is the limit.
         Config(block_m=16, block_n=64, num_warps=8, num_stages=2),
-        # 244-250 TF/s. 32 rows 200, BLOCK_N 32 177, 16 warps 120, 4 warps 88; 128 rows do not fit.
-        Config(block_m=64, block_n=64, num_warps=8, num_stages=2),
+        # 249-252 TF/s; without the table's stage 242-247. 32 rows 200, BLOCK_N 32 175-219, 16 warps
+        # 120, 4 warps 88; 128 rows do not fit.
+        Config(block_m=64, block_n=64, num_warps=8, num_stages=3, table_stage=True),
     ),
     **dict.fromkeys(("gfx942", "gfx942-3.7", "gfx942-3.6"), _GFX942),
     "gfx950": (
@@ -191,16 +193,15 @@ _GFX942_BYTE = (
 )
 BYTE = dict.fromkeys(("gfx942", "gfx942-3.7", "gfx942-3.6"), _GFX942_BYTE)
 
-# fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it.
-_FULL = (Config(block_m=16, block_n=16, num_warps=8, num_stages=2),)
-FULL: dict[str, tuple[Config, ...]] = {
-    **dict.fromkeys(("sm80", "sm87", "sm90", "sm100", "sm103"), _FULL),
-    # Two stages spill 16 bytes on sm120.
-    **dict.fromkeys(("sm86", "sm89", "sm120", "sm121"), (replace(_FULL[0], num_stages=1),)),
-}
-
 # Any other arch: 16 rows and one stage fit the 64 KB that every tensor-core GPU has.
 FALLBACK = (Config(block_m=16, block_n=16, num_warps=4, num_stages=1),)
+
+# fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it. Scores
+# summed in one go err up to 2.5 times as much as a model's expanded form, by 64 columns 1.7.
+FULL_FALLBACK = (Config(block_m=16, block_n=16, num_warps=8, chunk=64),)
+FULL = dict.fromkeys(
+    ("sm80", "sm87", "sm90", "sm100", "sm103"), (replace(FULL_FALLBACK[0], num_stages=2),)
+)
 
 
 def tuned_arch(arch: str, triton_version: str) -> str:
@@ -262,11 +263,12 @@ def choose(
 
 def pick(arch: str, *, rows: int, Lkv: int, q_bytes: int, kv_bytes: int) -> Config:
     """The portable tile for `rows` query rows of a sequence; sizes in bytes of one element."""
-    table = (FULL if max(q_bytes, kv_bytes) > 2 else HALF).get(arch, FALLBACK)
-    if kv_bytes == 1:
-        table = BYTE.get(arch, table)
-    if Lkv > 512:  # the tables are sized for DeepSeek's 512
-        table = FALLBACK
+    full = max(q_bytes, kv_bytes) > 2
+    tables, table = (FULL, FULL_FALLBACK) if full else (HALF, FALLBACK)
+    if Lkv <= 512:  # DeepSeek's, which the tables are sized for
+        table = tables.get(arch, table)
+        if kv_bytes == 1:
+            table = BYTE.get(arch, table)
     return _fitting(table, rows)
 
 

@@ -382,6 +382,7 @@ def _split(
             "BLOCK_B": max(64, ceil_pow2(dims.B)),
             "ALIKE": cache.kv_c.stride()[:2] == cache.k_pe.stride()[:2],
             "RELOAD_V": config.reload_v,
+            "CHUNK": config.chunk,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_L": max(16, ceil_pow2(dims.Lkv)),

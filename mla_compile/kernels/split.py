@@ -31,11 +31,32 @@ SCAN: tl.constexpr = tl.constexpr(1024)  # mask columns looked at in one go
 def _load_tile(ptr, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """[rows, BLOCK] at element offsets `rows`; columns past SIZE are zero."""
     cols = tl.arange(0, BLOCK)
-    if SIZE == BLOCK:
+    if SIZE >= BLOCK:
         tile = tl.load(ptr + rows[:, None] + cols[None, :])
     else:
         tile = tl.load(ptr + rows[:, None] + cols[None, :], mask=(cols < SIZE)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def _scores(
+    q_ptr,
+    q_rows,
+    k_ptr,
+    k_rows,
+    scale,
+    SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Q · Kᵀ · scale, CHUNK columns at a time: fewer registers, and no sum is longer than that."""
+    s = tl.zeros([q_rows.shape[0], k_rows.shape[0]], tl.float32)
+    for col in tl.static_range(0, SIZE, CHUNK):
+        q = _load_tile(q_ptr + col, q_rows, SIZE - col, CHUNK).to(COMPUTE)
+        k = _load_tile(k_ptr + col, k_rows, SIZE - col, CHUNK).to(COMPUTE)
+        # Without a factor of its own Triton makes it the accumulator's next term: one long sum.
+        s += tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return s
 
 
 @triton.jit
@@ -154,6 +175,7 @@ def split_kernel(
     MASK_ROWS: tl.constexpr,  # what the mask hides differs between rows
     SPLIT: tl.constexpr,  # the KV is split: write what `combine` merges
     RELOAD_V: tl.constexpr,  # load K_c again for the second matmul
+    CHUNK: tl.constexpr,  # columns of Q and K_c at once, both loaded for each tile; 0: all
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -230,9 +252,12 @@ def split_kernel(
     else:
         qk_scale /= logit_cap
 
-    q_nope = _load_tile(q_nope_ptr, query * stride_qt + head * stride_qn, LKV, BLOCK_L).to(COMPUTE)
-    if R > 0:
-        q_pe = _load_tile(q_pe_ptr, query * stride_pt + head * stride_pn, R, BLOCK_R).to(COMPUTE)
+    q_rows = query * stride_qt + head * stride_qn  # [BLOCK_M]
+    q_pe_rows = query * stride_pt + head * stride_pn
+    if CHUNK == 0:
+        q_nope = _load_tile(q_nope_ptr, q_rows, LKV, BLOCK_L).to(COMPUTE)
+        if R > 0:
+            q_pe = _load_tile(q_pe_ptr, q_pe_rows, R, BLOCK_R).to(COMPUTE)
     if MASK_ROWS:
         mask_rows = token.to(tl.int64) * stride_mq + head * stride_mn  # [BLOCK_M]
 
@@ -260,21 +285,30 @@ def split_kernel(
         if live:
             page, slot = _locate(pos, start, b, table_ptr, PAGE_SIZE, ONE_PAGE)
             kv_rows = page * stride_cp + slot * stride_cs  # [BLOCK_N]
-            if RELOAD_V:
-                cols = tl.arange(0, BLOCK_L)
-                k = tl.load(
-                    kv_c_ptr + kv_rows[None, :] + cols[:, None],
-                    mask=(cols < LKV)[:, None] if LKV != BLOCK_L else None,
-                ).to(COMPUTE)
-                s = tl.dot(q_nope, k, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            k_pe_rows = page * stride_kp + slot * stride_ks
+            if CHUNK > 0:
+                s = _scores(q_nope_ptr, q_rows, kv_c_ptr, kv_rows, qk_scale, LKV, CHUNK, COMPUTE)
+                if R > 0:
+                    s += _scores(
+                        q_pe_ptr, q_pe_rows, k_pe_ptr, k_pe_rows, qk_scale, R, CHUNK, COMPUTE
+                    )
                 kv = _load_tile(kv_c_ptr, kv_rows, LKV, BLOCK_L).to(COMPUTE)
             else:
-                kv = _load_tile(kv_c_ptr, kv_rows, LKV, BLOCK_L).to(COMPUTE)
-                s = tl.dot(q_nope, tl.trans(kv), input_precision="ieee")
-            if R > 0:
-                k_pe = _load_tile(k_pe_ptr, page * stride_kp + slot * stride_ks, R, BLOCK_R)
-                s = tl.dot(q_pe, tl.trans(k_pe.to(COMPUTE)), s, input_precision="ieee")
-            s *= qk_scale
+                if RELOAD_V:
+                    cols = tl.arange(0, BLOCK_L)
+                    k = tl.load(
+                        kv_c_ptr + kv_rows[None, :] + cols[:, None],
+                        mask=(cols < LKV)[:, None] if LKV != BLOCK_L else None,
+                    ).to(COMPUTE)
+                    s = tl.dot(q_nope, k, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+                    kv = _load_tile(kv_c_ptr, kv_rows, LKV, BLOCK_L).to(COMPUTE)
+                else:
+                    kv = _load_tile(kv_c_ptr, kv_rows, LKV, BLOCK_L).to(COMPUTE)
+                    s = tl.dot(q_nope, tl.trans(kv), input_precision="ieee")
+                if R > 0:
+                    k_pe = _load_tile(k_pe_ptr, k_pe_rows, R, BLOCK_R).to(COMPUTE)
+                    s = tl.dot(q_pe, tl.trans(k_pe), s, input_precision="ieee")
+                s *= qk_scale
             if logit_cap is not None:
                 s = _tanh(s) * (logit_cap * LOG2E)
             if MASK_KEYS:
