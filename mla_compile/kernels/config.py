@@ -198,8 +198,8 @@ FALLBACK = (Config(block_m=16, block_n=16, num_warps=4, num_stages=1),)
 
 # fp32 doubles every tile, and at full precision no arch but AMD's has a matrix unit for it. Scores
 # summed in one go err up to 2.5 times as much as a model's expanded form, by 64 columns 1.7.
-FULL_FALLBACK = (Config(block_m=16, block_n=16, num_warps=8, chunk=64),)
-FULL = dict.fromkeys(
+FULL_FALLBACK: tuple[Config, ...] = (Config(block_m=16, block_n=16, num_warps=8, chunk=64),)
+FULL: dict[str, tuple[Config, ...]] = dict.fromkeys(
     ("sm80", "sm87", "sm90", "sm100", "sm103"), (replace(FULL_FALLBACK[0], num_stages=2),)
 )
 
