@@ -21,7 +21,7 @@ import argparse
 import heapq
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -108,25 +108,35 @@ def scheduled(gpu: Gpu, tiles: Tiles, shape: Shape) -> float:
     """Shared out by kernels.schedule."""
     row_blocks = -(-shape.N // tiles.block_m)
     groups = gpu.units * tiles.resident // row_blocks
-    begin, cut = OVERHEAD.value, CUT.value
     each = [-(-n // tiles.block_n) for n in shape.lens]
-    ends = list(accumulate(n + begin for n in each))
-    share, rounds = -(-ends[-1] // groups), -(-shape.B // groups)
     work = [0.0] * groups
     parts = 0
-    if rounds * (max(each) + begin) <= share + cut:
-        for b, n in enumerate(each):
-            work[b % groups] += tiles.prologue + n * tiles.clocks[-1]
-    else:
-        for n, end in zip(each, ends, strict=True):
-            of_groups = range((end - n) // share, (end - 1) // share + 1)
-            parts += len(of_groups) * (len(of_groups) > 1)
-            for group in of_groups:
-                mine = min(end, (group + 1) * share) - max(end - n, group * share)
-                work[group] += tiles.prologue + mine * tiles.clocks[-1]
+    for group, mine, of in _pieces(each, groups):
+        work[group] += tiles.prologue + mine * tiles.clocks[-1]
+        parts += of > 1
     time = max(work) / (gpu.ghz * 1e9 * gpu.efficiency)
     time = max(time, _memory(gpu, tiles, shape, row_blocks * sum(each)))
     return time + 8 * parts * row_blocks * tiles.block_m * LKV / (gpu.hbm * 1e12) + LAUNCH
+
+
+def _pieces(each: Sequence[int], groups: int) -> Iterator[tuple[int, int, int]]:
+    """Of sequences of so many tiles: the group of each piece, its tiles, and one of how many."""
+    begin, cut = OVERHEAD.value, CUT.value
+    ends = list(accumulate(n + begin for n in each))
+    share, rounds = -(-ends[-1] // groups), -(-len(each) // groups)
+    pieces = max(groups // len(each), 1)
+    if rounds * (-(-max(each) // pieces) + begin) <= share + cut:
+        for b, n in enumerate(each):
+            piece = max(-(-n // pieces), 1)
+            count = max(-(-n // piece), 1)
+            for i in range(count):
+                yield (b * pieces + i) % groups, min(piece, n - i * piece), count
+    else:
+        for n, end in zip(each, ends, strict=True):
+            of_groups = range((end - n) // share, (end - 1) // share + 1)
+            for group in of_groups:
+                mine = min(end, (group + 1) * share) - max(end - n, group * share)
+                yield group, mine, len(of_groups)
 
 
 def _memory(gpu: Gpu, tiles: Tiles, shape: Shape, loaded: int) -> float:
@@ -338,6 +348,7 @@ def row(
 SHAPES = [
     *[(Shape(128, 128, Skv), page) for page in (1, 64) for Skv in (512, 1024, 2048, 4096, 8192)],
     *[(Shape(128, 16, Skv), page) for page in (1, 64) for Skv in (1024, 4096, 8192)],
+    *[(Shape(B, 128, 4096), 64) for B in (8, 32)],
     *[(Shape(1, N, Skv), 1) for N in (128, 16) for Skv in (4096, 32768)],
 ]
 RAGGED = [Shape(64, 128, 32768, "log-uniform"), Shape(128, 128, 32768, "one long")]

@@ -101,6 +101,12 @@ GLUON_CASES = [
     Case("evenly, ragged tokens", (900, 4096, 1, 700), (3, 1, 0, 5), 128, 512, 64),
     Case("evenly, block table", LONG, 2, 128, 512, 64, page_size=64, paging="table"),
     Case("evenly, dense", LONG, 1, 128, 512, 64, paging="dense"),
+    *[
+        Case(f"evenly, in pieces, {N} heads", lens, Sq, N, 512, 64, page_size=64)
+        for lens in ((4096, 4000, 3900), (700, 0, 690, 650), (64,) * 33)
+        for N, Sq in ((16, 1), (128, 2))
+    ],
+    Case("evenly, in pieces, ragged tokens", (900, 960, 1000), (3, 0, 5), 128, 512, 64),
     Case("evenly, more sequences than groups", tuple(range(0, 400, 3)), 1, 128, 512, 64),
     Case("evenly, nothing", (0, 0, 0), 1, 128, 512, 64),
     Case("long, three tokens of 128 heads", LONG, 3, 128, 512, 64, page_size=64),

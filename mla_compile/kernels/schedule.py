@@ -7,8 +7,9 @@ sequence: they read the same keys at the same time.
 
 A sequence that is cut leaves its parts in the workspace, for `combine`. A group leaves two at
 most: slot 2 · group has what goes on from the group before, the next slot what begins in it.
-Where all lengths are much the same, a cut costs more than it saves: then group g takes the
-sequences g, g + num_groups, ... whole.
+Where all lengths are much the same, to begin a second sequence costs more than an even share saves:
+then each is cut into as many pieces as there are groups for it, or if there are fewer groups than
+sequences, group g takes the sequences g, g + num_groups, ... whole.
 """
 
 from triton.experimental import gluon
@@ -49,6 +50,7 @@ def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS,
     cost = gl.where(real, tiles + OVERHEAD, 0)
     share = gl.cdiv(gl.sum(cost, 0), num_groups)
     rounds = gl.cdiv(num_sequences, num_groups)
+    pieces = gl.maximum(num_groups // num_sequences, 1)
     begin = group
     stop = num_sequences
     step = num_groups
@@ -56,7 +58,7 @@ def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS,
     key_end = NEVER
     began = group
     parts = 0
-    if rounds * (gl.max(tiles, 0) + OVERHEAD) > share + CUT:
+    if rounds * (gl.cdiv(gl.max(tiles, 0), pieces) + OVERHEAD) > share + CUT:
         first = gl.associative_scan(cost, 0, _add) - cost + (OVERHEAD - 1)
         end = first + gl.maximum(tiles, 1)
         lo = group * share
@@ -71,6 +73,20 @@ def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS,
             parts = gl.cdiv(_at(index, end, begin), share) - began
         if _at(index, end, stop - 1) > hi:
             key_end = (hi - _at(index, first, stop - 1)) * KEYS
+    elif pieces > 1:
+        begin = group // pieces
+        part = group - begin * pieces
+        count = _at(index, tiles, begin)
+        piece = gl.maximum(gl.cdiv(count, pieces), 1)
+        last = gl.maximum(gl.cdiv(count, piece) - 1, 0)
+        stop = gl.where(part <= last, gl.minimum(begin + 1, num_sequences), begin)
+        step = 1
+        key_begin = part * piece * KEYS
+        if part < last:
+            key_end = key_begin + piece * KEYS
+        if (part > 0) & (part <= last):
+            began = group - part
+            parts = last + 1
     gl.store(cut_ptr + 3 * group, begin.to(gl.float32))
     gl.store(cut_ptr + 3 * group + 1, began.to(gl.float32))
     gl.store(cut_ptr + 3 * group + 2, parts.to(gl.float32))

@@ -72,9 +72,10 @@ EVEN = [  # lengths shared out by a `schedule`, as on a GPU where these are many
     model("evenly, ragged query tokens", queries=(3, 4, 0, 1), lens=(333, 3, 0, 170), N=24),
     model("evenly, block table", N=40, paging="table", page_size=16, lens=(200, 300), queries=2),
     model("evenly, dense, fp16", paging="dense", dtype=torch.float16, N=64, lens=(200, 517)),
+    model("evenly, in pieces", N=40, lens=(517, 480)),
     model("evenly, none cut", N=64, lens=(130,) * 6),
 ]
-FEW_UNITS = 3
+FEW_UNITS = 4
 PORTABLE = [  # calls with something that only the portable kernel has
     model("bool mask of keys", mask="holes", lens=(33, 130)),
     model("bool mask of keys, 128 heads", mask="length", N=128, lens=(33, 70), num_kv_splits=2),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import amd_model
-from bench.amd_model import LAUNCH, POINTS, Shape, Tiles, calibration, scheduled, seconds
+from bench.amd_model import LAUNCH, POINTS, Shape, Tiles, _pieces, calibration, scheduled, seconds
 from bench.cu import BRANCH, GPUS, Step, clocks, lds_clocks, mfma_clocks
 
 MI300X, MI355X = GPUS["gfx942"], GPUS["gfx950"]
@@ -148,6 +148,20 @@ def test_units_that_would_be_idle_get_their_share() -> None:
     shape = Shape(128, 128, 8192)  # 256 blocks for 304 units
     gpu = replace(MI300X, hbm=1000.0)  # to which parts are nothing
     assert scheduled(gpu, TILE, shape) < 0.9 * seconds(gpu, TILE, shape, 1)
+
+
+@pytest.mark.parametrize(
+    ("each", "groups", "expected"),
+    [
+        ([64, 64, 60, 64], 2, {1}),  # in rounds
+        ([64, 64, 60], 13, {4}),  # as many groups for each
+        ([64, 0, 1, 60], 13, {1, 6, 7}),  # by the line
+    ],
+)
+def test_every_tile_is_in_one_piece(each: list[int], groups: int, expected: set[int]) -> None:
+    pieces = list(_pieces(each, groups))
+    assert sum(tiles for _, tiles, _ in pieces) == sum(each)
+    assert {of for *_, of in pieces} == expected
 
 
 def test_a_long_sequence_among_short_ones_is_shared_out() -> None:
