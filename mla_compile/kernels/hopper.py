@@ -105,6 +105,26 @@ def fade(acc, factor):
     )
 
 
+@gluon.constexpr_function
+def _adjacent():
+    """[ROWS, 128] as wgmma has it, but for 4 adjacent columns in a lane where it has twice 2."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64]],
+        lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 128],
+    )
+
+
+@gluon.jit
+def store_out(ptr, acc, block, strides, N):
+    """Sectors of 32 bytes at once, where the accumulators as they lie have halves of two."""
+    L: gl.constexpr = _adjacent()
+    out = gl.convert_layout(acc.to(ptr.dtype.element_ty), L)
+    cdna.store_out(ptr, out, block, strides, N, ROWS, L)
+
+
 @gluon.jit
 def store_tiles(ptr, acc, block, N, num_splits):
     """Columns of a part as `combine` reads them: a warp has a tile of 16 rows."""

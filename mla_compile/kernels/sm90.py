@@ -227,8 +227,8 @@ def _values(work, CALL, outs, strides, tiles, shared, STAGES, WHOLE, TILED: gl.c
             hopper.store_tiles(out_ptr, acc0, block, N, work[1])
             hopper.store_tiles(out_ptr + 16 * PART, acc1, block, N, work[1])
         elif MODE != "even" or block[3] < 0:
-            cdna.store_out(out_ptr, acc0, block, strides, N, ROWS, A)
-            cdna.store_out(out_ptr + PART, acc1, block, strides, N, ROWS, A)
+            hopper.store_out(out_ptr, acc0, block, strides, N)
+            hopper.store_out(out_ptr + PART, acc1, block, strides, N)
         else:
             part = schedule.part_at(part_out_ptr, block, work[2][3], N, ROWS, LKV)
             alone = schedule.alone(block)
@@ -300,6 +300,35 @@ def sm90_kernel(
     BLOCK_B: gl.constexpr,  # a power of two, from `num_items` on where that counts sequences
 ):
     gdc_launch_dependents()
+    lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    outs = (out_ptr, None), (out_ptr + (16 * HALF if TILED else HALF), None)
+    mask = (None, 0, 0, 0, 0)
+    MODE: gl.constexpr = (
+        "even" if part_out_ptr is not None else "masked" if mask_ptr is not None else "splits"
+    )
+    if MODE == "even":
+        items, ends = schedule.share(
+            pid, programs, lengths, num_items, part_ml_ptr, N, PAGE_SIZE, ROWS, KEYS, BLOCK_B, 32
+        )
+        work = (items, 1, lengths, ends[1], ends[0])
+        outs = (out_ptr, part_out_ptr), (out_ptr + HALF, part_out_ptr + HALF)
+    elif MODE == "masked":
+        _, keys = cdna.item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, ROWS, KEYS)
+        lo, hi, _, b, _ = keys
+        hi = gl.minimum(hi, mask_columns)
+        row_ptr = mask_ptr + b * stride_mb
+        floor = HIDDEN + 0.0
+        first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), lo, hi)
+        if end == 0:  # finite fills alone: the plain average over them
+            floor = float("-inf")
+            first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), lo, hi)
+        mask = (row_ptr, stride_ms, mask_fill, floor, first)
+        work = ((pid, pid + 1, 1), num_splits, lengths, end, gl.minimum(first, end) // KEYS * KEYS)
+    else:
+        work = ((pid, num_items, programs), num_splits, lengths, 0, 0)
+
     DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -329,34 +358,6 @@ def sm90_kernel(
     queries = (q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem)
     strides = (stride_qt, stride_qn, stride_pt, stride_pn)
     out_strides = (stride_ot, stride_on, stride_os)
-    lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
-    pid = gl.program_id(0)
-    programs = gl.num_programs(0)
-    outs = (out_ptr, None), (out_ptr + (16 * HALF if TILED else HALF), None)
-    mask = (None, 0, 0, 0, 0)
-    MODE: gl.constexpr = (
-        "even" if part_out_ptr is not None else "masked" if mask_ptr is not None else "splits"
-    )
-    if MODE == "even":
-        items, ends = schedule.share(
-            pid, programs, lengths, num_items, part_ml_ptr, N, PAGE_SIZE, ROWS, KEYS, BLOCK_B, 32
-        )
-        work = (items, num_splits, lengths, ends[1], ends[0])
-        outs = (out_ptr, part_out_ptr), (out_ptr + HALF, part_out_ptr + HALF)
-    elif MODE == "masked":
-        _, keys = cdna.item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, ROWS, KEYS)
-        lo, hi, _, b, _ = keys
-        hi = gl.minimum(hi, mask_columns)
-        row_ptr = mask_ptr + b * stride_mb
-        floor = HIDDEN + 0.0
-        first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), lo, hi)
-        if end == 0:  # finite fills alone: the plain average over them
-            floor = float("-inf")
-            first, end = hopper.hull((row_ptr, stride_ms, mask_fill, floor, 0), lo, hi)
-        mask = (row_ptr, stride_ms, mask_fill, floor, first)
-        work = ((pid, pid + 1, 1), num_splits, lengths, end, gl.minimum(first, end) // KEYS * KEYS)
-    else:
-        work = ((pid, num_items, programs), num_splits, lengths, 0, 0)
     tiles = (left, right, last, rope)
     full = (left_full, right_full, last_full)
     empty = (left_empty, right_empty, last_empty)
