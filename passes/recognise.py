@@ -175,6 +175,7 @@ def described(
     batch = tuple(x for x in softmax.rows if x not in shared)
     around = frozenset(batch + softmax.time)
     scores, masks = split_score(score, softmax, around)
+    check_masks(masks)
     kv_c = cached(value, softmax)
     latent, rope, feature = split_keys(scores, kv_c, around, attention.root)
     weights = tuple(f for f in value.factors if f is not kv_c and isinstance(f, Leaf))
@@ -276,7 +277,6 @@ def check(found: MLASite) -> None:
         raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}")
     if equal(found.dims["Skv"], 1):
         raise Refusal(Reason.PREFILL, "there is only one cached token")
-    check_masks(found.masks)
 
 
 def check_private(expanded: set[Node], attention: Attention, beside: Collection[Node]) -> None:

@@ -95,7 +95,8 @@ class Refusal(Exception):
 class Mask:
     """One mask on the scores.
 
-    With a `fill` a boolean tensor: scores become `fill` where it is not `keep`.
+    With a `fill` a boolean tensor: scores become `fill` where it is not `keep`, or only the
+    `addend` of that number, a part of them.
     Without one `scale` times a tensor that is added to the scores.
     """
 
@@ -103,6 +104,7 @@ class Mask:
     keep: bool = True
     fill: float | None = None
     scale: float = 1.0
+    addend: int = 0
 
 
 @dataclass(frozen=True)

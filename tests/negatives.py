@@ -165,6 +165,43 @@ def fill_of_infinity(x: Inputs) -> Tensor:
     )
 
 
+def length_and_another_fill(x: Inputs) -> Tensor:
+    """A row that `keep` hides averages over all tokens, those past the length as well."""
+    s = absorbed_scores(x).masked_fill(~x.visible[:, None, None], float("-inf"))
+    low = torch.finfo(s.dtype).min
+    return attend(s.masked_fill(~x.keep.transpose(1, 2), low).softmax(-1), x)
+
+
+def two_fills_added(x: Inputs) -> Tensor:
+    """A row that one of them hides averages over what the other one does not hide."""
+    masks = x.visible[:, None, None], x.keep.transpose(1, 2)
+    return attend(
+        (absorbed_scores(x) + sum(torch.where(m, 0.0, -1e30) for m in masks)).softmax(-1), x
+    )
+
+
+def fill_scaled_down(x: Inputs) -> Tensor:
+    mask = torch.where(x.visible[:, None, None], 0.0, -1e30) * 1e-30
+    return attend((absorbed_scores(x) + mask).softmax(-1), x)
+
+
+def fill_that_rope_is_added_to(x: Inputs) -> Tensor:
+    q = torch.einsum("bshd,hdc->bshc", x.q_nope, x.W_UK)
+    s = torch.einsum("bshc,btc->bsht", q, x.kv_c).masked_fill(~x.visible[:, None, None], -5.0)
+    return attend((s + torch.einsum("bshr,btr->bsht", x.q_pe, x.k_pe)).softmax(-1), x)
+
+
+def boolean_mask_added(x: Inputs) -> Tensor:
+    return attend((absorbed_scores(x) + x.visible[:, None, None]).softmax(-1), x)
+
+
+def scale_of_bytes(x: Inputs) -> Tensor:
+    """Minus a byte is a byte: 256 less it."""
+    w = -(x.W_UK.abs() * 10).to(torch.uint8) * -1e-3
+    k = torch.einsum("btc,hpc->bhtp", x.kv_c, w)
+    return attend(torch.einsum("bshp,bhtp->bsht", x.q_nope, k).softmax(-1), x)
+
+
 def dropout(x: Inputs) -> Tensor:
     return attend(F.dropout(absorbed_scores(x).softmax(-1), 0.5, training=True), x)
 
@@ -346,6 +383,12 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (probabilities_sharpened, Reason.ESCAPE),
     (two_fills, Reason.MASK),
     (fill_of_infinity, Reason.MASK),
+    (length_and_another_fill, Reason.MASK),
+    (two_fills_added, Reason.MASK),
+    (fill_scaled_down, Reason.MASK),
+    (fill_that_rope_is_added_to, Reason.VALUE),
+    (boolean_mask_added, Reason.MASK),
+    (scale_of_bytes, Reason.SCALE),
     (dropout, Reason.DROPOUT),
     (prefill, Reason.PREFILL),
     (positions_between_latent_and_keys, Reason.BETWEEN),

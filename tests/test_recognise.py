@@ -296,11 +296,13 @@ def test_a_causal_mask_of_more_queries_than_tokens_is_read() -> None:
     assert masks_of(causal(torch.finfo(torch.float32).min), x) == ("bool", True)
 
 
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e9, -65504.0, -1e5])
 @torch.no_grad()
-def test_a_fused_call_whose_finite_mask_hides_all_tokens_averages_over_them() -> None:
+def test_a_fused_call_whose_finite_mask_hides_all_tokens_averages_over_them(low: float) -> None:
+    """Or weighs them as if it hid none, where the mask leaves something of their scores."""
+
     def decode(x: Inputs) -> Tensor:
         q, k, v = (t[..., : x.P] for t in expand(x))  # as wide as the values: fused on a CPU too
-        low = torch.finfo(q.dtype).min
         bias = q.new_zeros(3, 1, 1, k.shape[2]).masked_fill(~x.visible[:, None, None], low)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=SCALE)
 
