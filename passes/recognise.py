@@ -128,6 +128,9 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         return index, evaluator, evaluator.evaluate(root, index)
 
     root = attention.root
+    keys = attention.scores or attention.node.args[1]
+    if any(equal(n, 0) for n in (*shape(root), *shape(keys))):
+        raise Refusal(Reason.PREFILL, "there are no queries or no cached tokens")
     labels = (Label(f"x{d}", n) for d, n in enumerate(shape(root)))
     index, evaluator, terms = refining(squeeze(root, tuple(map(whole, labels))), read)
     softmax, value = split_value(terms, attention)

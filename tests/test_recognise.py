@@ -249,6 +249,49 @@ def test_a_length_may_be_a_difference_of_tensors() -> None:
 
 
 @torch.no_grad()
+def test_a_mask_may_be_made_of_numbers() -> None:
+    """Only what is boolean is negated by ~, and hides where it is False."""
+
+    def decode(x: Inputs) -> Tensor:
+        unseen = x.visible[:, None, None].to(x.kv_c.dtype).logical_not()
+        s = absorbed_scores(x).masked_fill(unseen, float("-inf"))
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c)
+
+    assert masks_of(decode, inputs()) == ("bool", True)
+
+
+@torch.no_grad()
+def test_a_constant_is_what_its_type_makes_of_it() -> None:
+    def decode(x: Inputs) -> Tensor:
+        scale = torch.full((), 2.7, dtype=torch.int64)
+        return torch.einsum("bsht,btc->bshc", (absorbed_scores(x) * scale).softmax(-1), x.kv_c)
+
+    assert masks_of(decode, inputs()) == ("none", False)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_selected_from_the_end_by_a_symbol() -> None:
+    def decode(x: Inputs, layer: int) -> Tensor:
+        fused = torch.stack([x.fused * i for i in range(6)])[2:][layer - 5]
+        return deepseek_absorbed(replace(x, kv_c=fused[..., :32], k_pe=fused[..., 32:]))
+
+    x, compiled = inputs(), Compiled(decode)
+    torch._dynamo.reset()
+    fast = torch.compile(decode, backend=compiled.backend)
+    for layer in (3, 4, 2):  # a symbol from the second on
+        torch.testing.assert_close(fast(x, layer), decode(x, layer))
+    assert compiled.count(OP) == len(compiled.graphs) == 2
+
+
+@pytest.mark.parametrize("empty", [{"Sq": 0}, {"Skv": 0}], ids=["queries", "tokens"])
+@torch.no_grad()
+def test_an_attention_of_nothing_is_left_alone(empty: dict[str, int]) -> None:
+    x, compiled = inputs(**empty), Compiled(deepseek_absorbed)
+    torch.testing.assert_close(compiled(x), deepseek_absorbed(x))
+    assert [miss.reason for miss in compiled.misses] == [Reason.PREFILL]
+
+
+@torch.no_grad()
 def test_queries_in_an_order_that_a_tensor_says_meet_one_fused_cache() -> None:
     def permuted(x: Inputs) -> Tensor:
         q = torch.cat([torch.einsum("bshd,hdc->bshc", x.q_nope, x.W_UK), x.q_pe], -1)
