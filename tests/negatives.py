@@ -265,6 +265,11 @@ def sink_in_a_late_denominator(x: Inputs) -> Tensor:
     return attend(e, x) / (e.sum(-1, keepdim=True) + 1)
 
 
+def exponentials_cut_to_integers(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e.long() / e.sum(-1, keepdim=True), x)
+
+
 def exponentials_returned(x: Inputs) -> tuple[Tensor, Tensor]:
     e = absorbed_scores(x).exp()
     return attend(e, x) / e.sum(-1, keepdim=True), e
@@ -370,6 +375,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (sink_in_a_late_denominator, Reason.SINKS),
     (late_division_by_the_sum_of_another_row, Reason.SOFTMAX),
     (late_division_by_the_sum_over_heads, Reason.SOFTMAX),
+    (exponentials_cut_to_integers, Reason.SINKS),
     (exponentials_returned, Reason.ESCAPE),
     (lse_of_scores_without_the_mask, Reason.ESCAPE),
     (maximum_returned, Reason.ESCAPE),
