@@ -133,17 +133,20 @@ class Emitter:
         q_nope = self.query(site.latent, rows, site.latent.scale)
         q_pe = self.query(site.rope, rows, site.latent.scale) if site.rope else q_nope[..., :0]
         attn_mask, mask_fill = self.mask(site)
+        options = attn_mask, self.block_table(site), self.seq_lens(site)
+        # PyTorch also takes scalars and indices from the host.
+        mask, table, lens = (x if x is None else x.to(kv_c.device) for x in options)
         out, lse = DECODE(
             unit_stride(q_nope.to(kv_c.dtype)),
             unit_stride(q_pe.to(kv_c.dtype)),
             kv_c,
             k_pe,
             site.latent.scale,
-            block_table=self.block_table(site),
-            seq_lens=self.seq_lens(site),
+            block_table=table,
+            seq_lens=lens,
             max_seqlen_q=span(site.queries),
             causal=site.causal,
-            attn_mask=attn_mask,
+            attn_mask=mask,
             mask_fill=None if mask_fill == -inf else mask_fill,
             logit_cap=site.logit_cap,
         )
@@ -186,6 +189,8 @@ class Emitter:
         views = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
         keeps = [x if mask.keep else ~x for mask, x in views if mask.fill is not None]
         biases = [self.scaled(x, mask.scale, ()) for mask, x in views if mask.fill is None]
+        if dtype(site.latent.key.node) is not torch.float64:  # nor takes a GPU such a mask
+            biases = [x.float() if x.dtype is torch.float64 else x for x in biases]
         keep = functools.reduce(operator.and_, keeps) if keeps else None
         bias = functools.reduce(operator.add, biases) if biases else None
         fill = next((mask.fill for mask in site.masks if mask.fill is not None), -inf)

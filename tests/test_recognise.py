@@ -261,6 +261,36 @@ def test_a_mask_may_be_made_of_numbers() -> None:
 
 
 @torch.no_grad()
+def test_a_mask_of_doubles_is_as_wide_as_the_op_takes_it() -> None:
+    """On a GPU at most fp32."""
+
+    def decode(x: Inputs) -> Tensor:
+        s = absorbed_scores(x) + torch.arange(x.kv_c.shape[1], dtype=torch.float64) / 8
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1).to(x.kv_c.dtype), x.kv_c)
+
+    compiled, x = Compiled(decode), inputs()
+    torch.testing.assert_close(compiled(x), decode(x))
+    (call,) = [n for graph in compiled.graphs for n in graph.nodes if n.target is OP]
+    assert call.kwargs["attn_mask"].meta["val"].dtype is torch.float32
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_length_and_a_table_may_be_on_the_host() -> None:
+    def decode(x: Inputs, table: Tensor, length: Tensor) -> Tensor:
+        fused = x.pool[table].view(len(table), -1, 40)
+        x = replace(x, kv_c=fused[..., :32], k_pe=fused[..., 32:])
+        unseen = torch.arange(x.kv_c.shape[1], device=x.kv_c.device) >= length
+        s = absorbed_scores(x).masked_fill(unseen, float("-inf"))
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c)
+
+    x, compiled = inputs().to(torch.float32, "cuda"), Compiled(decode)
+    host = x.table.cpu().long(), torch.tensor(20)
+    torch.testing.assert_close(compiled(x, *host), decode(x, *host), atol=2e-3, rtol=2e-3)
+    assert compiled.count(OP) == 1
+
+
+@torch.no_grad()
 def test_a_constant_is_what_its_type_makes_of_it() -> None:
     def decode(x: Inputs) -> Tensor:
         scale = torch.full((), 2.7, dtype=torch.int64)
