@@ -11,11 +11,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import isfinite
 
+import torch
 from torch.fx import Graph, Node
 
 from mla_compile.passes.graph import (
+    CASTS,
     CONTRACTIONS,
     FLOATS,
+    RENAMES,
     Size,
     aten,
     divides,
@@ -23,6 +26,7 @@ from mla_compile.passes.graph import (
     equal,
     is_tensor,
     reached,
+    readers,
     shape,
     true,
 )
@@ -144,6 +148,8 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         check_private(stopping.expanded, attention, beside)
         return found
     except Refusal as why:
+        if why.reason is Reason.DTYPE:  # read to the end, casts do not round
+            raise
         refusal = why
     try:
         found = described(attention, index, terms, shared)
@@ -274,12 +280,27 @@ def check(found: MLASite) -> None:
     types = {dtype(n) for n in caches}
     if len(types) != 1 or not types <= FLOATS:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
+    if user := read_wider(found.root, *types):
+        detail = f"{user.name} needs more of the output than the caches' type, {types.pop()}"
+        raise Refusal(Reason.DTYPE, detail, user)
     symbolic = [n for n in ("N", "Lkv", "R", "P", "V") if not isinstance(found.dims[n], int)]
     if symbolic:
         sizes = ", ".join(f"{n} = {found.dims[n]}" for n in symbolic)
         raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}")
     if equal(found.dims["Skv"], 1):
         raise Refusal(Reason.PREFILL, "there is only one cached token")
+
+
+def read_wider(root: Node, type_: torch.dtype) -> Node | None:
+    """Who reads an output that is wider than this type, other than to cast it down."""
+
+    def fits(node: Node) -> bool:
+        return torch.promote_types(dtype(node), type_) is type_
+
+    views = reached(root, lambda n: [user for user in n.users if user.target in RENAMES])
+    users = [] if fits(root) else [user for view in views for user in readers(view)]
+    others = (user for user in users if user.target not in RENAMES)
+    return next((u for u in others if u.target not in CASTS or not fits(u)), None)
 
 
 def check_private(expanded: set[Node], attention: Attention, beside: Collection[Node]) -> None:

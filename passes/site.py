@@ -40,7 +40,7 @@ class Reason(enum.Enum):
     DYNAMIC = (
         "keep the numbers of heads and features static; sequences, queries and tokens may vary"
     )
-    DTYPE = "keep the cache in bfloat16, float16 or float32"
+    DTYPE = "keep the cache in bfloat16, float16 or float32, and use the output in that type"
     SINKS = "the op has no sinks: an extra column under the softmax cannot be kept"
     BETWEEN = (
         "put nothing but W_UK and W_UV between the latent and the keys and values; "

@@ -235,6 +235,12 @@ def quantised_latent(x: Inputs) -> Tensor:
     )
 
 
+def output_wider_than_the_cache(x: Inputs) -> Tensor:
+    kv_c, k_pe = (t.bfloat16().float() for t in (x.kv_c, x.k_pe))
+    narrow = replace(x, kv_c=kv_c, k_pe=k_pe)
+    return attend(absorbed_scores(narrow).softmax(-1), narrow)
+
+
 def scale_of_every_query(x: Inputs) -> Tensor:
     return attend((absorbed_scores(x) * x.q_pe.mean(-1, keepdim=True)).softmax(-1), x)
 
@@ -401,6 +407,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (nonlinear_expansion, Reason.BETWEEN),
     (biased_expansion, Reason.BETWEEN),
     (quantised_latent, Reason.VALUE),
+    (output_wider_than_the_cache, Reason.DTYPE),
     (scale_of_every_query, Reason.SCALE),
     (top_left_causal_sdpa, Reason.CAUSAL),
     (padded_values_cropped_to_other_columns, Reason.BETWEEN),
