@@ -149,7 +149,8 @@ class Evaluator:
             return self._product(*((x, broadcast(x, index)) for x in node.args))
         if context is Context.SCORE:
             if node.target is aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
-                return [term for x in node.args for term in self._addend(x, index)]
+                parts = [x for x in node.args if constant(x) != 0] or node.args
+                return [term for x in parts for term in self._addend(x, index)]
             if node.target is aten.where.self:
                 return self._masked(node, index) or leaf
             if node.target is aten.tanh.default:
