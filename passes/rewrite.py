@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import Size, dtype, equal, shape
+from mla_compile.passes.graph import FLOATS, Size, dtype, equal, shape
 from mla_compile.passes.indexing import Group, Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
@@ -188,9 +188,10 @@ class Emitter:
         groups = (site.batch, site.heads, site.queries, site.time)
         views = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
         keeps = [x if mask.keep else ~x for mask, x in views if mask.fill is not None]
-        biases = [self.scaled(x, mask.scale, ()) for mask, x in views if mask.fill is None]
-        if dtype(site.latent.key.node) is not torch.float64:  # nor takes a GPU such a mask
-            biases = [x.float() if x.dtype is torch.float64 else x for x in biases]
+        added = [(mask.scale, x) for mask, x in views if mask.fill is None]
+        types = FLOATS - {torch.float64} | {dtype(site.latent.key.node)}  # that the op adds
+        added = [(scale, x if x.dtype in types else x.float()) for scale, x in added]
+        biases = [self.scaled(x, scale, ()) for scale, x in added]
         keep = functools.reduce(operator.and_, keeps) if keeps else None
         bias = functools.reduce(operator.add, biases) if biases else None
         fill = next((mask.fill for mask in site.masks if mask.fill is not None), -inf)

@@ -12,7 +12,6 @@ import torch
 from torch.fx import Node
 
 from mla_compile.passes.graph import (
-    FLOATS,
     INTEGERS,
     Size,
     argument,
@@ -90,8 +89,6 @@ def split_score(
             raise Refusal(Reason.MASK, f"a mask is a product: {term.factors}")
         elif isinstance(factor, Mask):
             masks.append(replace(factor, fill=factor.fill * term.scale))
-        elif dtype(factor.node) not in FLOATS:
-            raise Refusal(Reason.MASK, f"{factor}, {dtype(factor.node)}, is added", factor.node)
         else:
             masks.append(Mask(factor, scale=term.scale))
     if not contractions:

@@ -191,10 +191,6 @@ def fill_that_rope_is_added_to(x: Inputs) -> Tensor:
     return attend((s + torch.einsum("bshr,btr->bsht", x.q_pe, x.k_pe)).softmax(-1), x)
 
 
-def boolean_mask_added(x: Inputs) -> Tensor:
-    return attend((absorbed_scores(x) + x.visible[:, None, None]).softmax(-1), x)
-
-
 def scale_of_bytes(x: Inputs) -> Tensor:
     """Minus a byte is a byte: 256 less it."""
     w = -(x.W_UK.abs() * 10).to(torch.uint8) * -1e-3
@@ -399,7 +395,6 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (two_fills_added, Reason.MASK),
     (fill_scaled_down, Reason.MASK),
     (fill_that_rope_is_added_to, Reason.VALUE),
-    (boolean_mask_added, Reason.MASK),
     (scale_of_bytes, Reason.SCALE),
     (dropout, Reason.DROPOUT),
     (prefill, Reason.PREFILL),

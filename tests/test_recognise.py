@@ -260,12 +260,13 @@ def test_a_mask_may_be_made_of_numbers() -> None:
     assert masks_of(decode, inputs()) == ("bool", True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
 @torch.no_grad()
-def test_a_mask_of_doubles_is_as_wide_as_the_op_takes_it() -> None:
-    """On a GPU at most fp32."""
+def test_what_is_added_becomes_a_float_that_the_op_takes(dtype: torch.dtype) -> None:
+    """On a GPU at most fp32; what is boolean would hide tokens."""
 
     def decode(x: Inputs) -> Tensor:
-        s = absorbed_scores(x) + torch.arange(x.kv_c.shape[1], dtype=torch.float64) / 8
+        s = absorbed_scores(x) + (torch.arange(x.kv_c.shape[1]) // 8 % 3).to(dtype)
         return torch.einsum("bsht,btc->bshc", s.softmax(-1).to(x.kv_c.dtype), x.kv_c)
 
     compiled, x = Compiled(decode), inputs()
