@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
@@ -132,16 +133,21 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
 
 
 def constant(value: Any) -> float | None:
-    """The number that a scalar, or a tensor filled with one, stands for."""
+    """The number that a scalar, or a tensor filled with one, stands for, as its type rounds it."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, Node) or value.op != "call_function":
         return None
     if value.target is aten.full.default:
-        return constant(value.args[1])
-    if value.target in RENAMES | CASTS | {aten.scalar_tensor.default}:
-        return constant(value.args[0])
-    return None
+        number = constant(value.args[1])
+    elif value.target in RENAMES | CASTS | {aten.scalar_tensor.default}:
+        number = constant(value.args[0])
+    else:
+        return None
+    if number is None or dtype(value).is_complex:
+        return None
+    with unset_fake_temporarily():
+        return float(torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype(value)))
 
 
 def strip(node: Node) -> Node:

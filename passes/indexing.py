@@ -304,9 +304,9 @@ def _slice(node: Node, index: Index) -> Read:
 def _select(node: Node, index: Index) -> Read:
     sizes, at = shape(node.args[0]), argument(node, "index")
     dim = _axis(node, len(sizes))
-    size = sizes[dim]
-    entry = (Digit(None, at + size if isinstance(at, int) and at < 0 else at, size),)
-    return node.args[0], (*index[:dim], entry, *index[dim:])
+    at = at + sizes[dim] if true(at < 0) else at
+    entry = (Digit(None, at, sizes[dim]),)
+    return (node.args[0], (*index[:dim], entry, *index[dim:])) if true(at >= 0) else None
 
 
 def _piece(node: Node, index: Index) -> Read:

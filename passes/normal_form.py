@@ -55,8 +55,8 @@ DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
 # A fill this low replaces the score it is added to: no score has a bit left beside it.
 ABSORBING = -1e30
-# What torch makes of False in a boolean mask before a fused call (cudnn's; the others get -inf).
-FUSED_FILL = -65504.0
+# What torch makes of False in a boolean mask before cuDNN's fused call (the others get -inf).
+CUDNN, FUSED_FILL = aten._scaled_dot_product_cudnn_attention.default, -65504.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +118,7 @@ class Evaluator:
         self.time: frozenset[Label] = frozenset()
         self.features: set[Label] = set()
         self.expanded: set[Node] = set()
+        self.addend = self.addends = 0  # which of the scores' is read, 0 for all that they are
 
     def evaluate(self, node: Node, index: Index, context: Context = Context.OPERAND) -> list[Term]:
         index = squeeze(node, index)
@@ -148,8 +149,8 @@ class Evaluator:
             return self._product(*((x, broadcast(x, index)) for x in node.args))
         if context is Context.SCORE:
             if node.target is aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
-                reads = ((x, broadcast(x, index)) for x in node.args)
-                return [term for read in reads for term in self.evaluate(*read, context)]
+                parts = [x for x in node.args if constant(x) != 0] or node.args
+                return [term for x in parts for term in self._addend(x, index)]
             if node.target is aten.where.self:
                 return self._masked(node, index) or leaf
             if node.target is aten.tanh.default:
@@ -245,21 +246,29 @@ class Evaluator:
 
         return nest(index, dims)
 
+    def _addend(self, node: Node, index: Index) -> list[Term]:
+        """A part of the scores that others are added to."""
+        self.addends += 1
+        self.addend = self.addends
+        return self.evaluate(node, broadcast(node, index), Context.SCORE)
+
     def _masked(self, node: Node, index: Index) -> list[Term] | None:
-        """where(condition, scores, fill), or the additive mask where(condition, 0, fill)."""
+        """where(condition, scores, fill), or the additive mask where(condition, 0, fill).
+
+        In a part of the scores, only a fill that absorbs the others hides a token.
+        """
+        cudnn = self.attention.node.target is CUDNN
         condition, *branches = node.args
         for keep, (kept, other) in ((True, branches), (False, branches[::-1])):
             fill = constant(other)
             if fill is None:
                 continue
-            mask = Term((Mask(settle(condition, broadcast(condition, index)), keep, fill),))
-            if constant(kept) is None:
-                terms = self.evaluate(kept, broadcast(kept, index), Context.SCORE)
-                # A fill replaces a score; in an added mask it is only added, unless it absorbs.
-                replaced = fill <= ABSORBING or any(t.summed for t in terms)
-                return [*terms, mask] if replaced else None
-            lowest = ABSORBING if self.attention.scores else FUSED_FILL
-            if constant(kept) == 0 and fill <= lowest:
+            absorbs = fill <= ABSORBING or (cudnn and fill == FUSED_FILL)
+            leaf = settle(condition, broadcast(condition, index))
+            mask = Term((Mask(leaf, keep, fill, addend=self.addend),))
+            if constant(kept) is None and (absorbs or not self.addend):
+                return [*self.evaluate(kept, broadcast(kept, index), Context.SCORE), mask]
+            if constant(kept) == 0 and absorbs and self.addend:
                 return [mask]
         return None
 
@@ -271,6 +280,7 @@ class Evaluator:
             reason = Reason.SINKS if joined else Reason.SOFTMAX
             detail = "the probabilities are cut or reordered before they meet the values"
             raise Refusal(reason, detail)
+        self.addend = 0
         score = self.evaluate(scores, index, Context.SCORE)
         return self._rows(score, index[:axis] + index[axis + 1 :], digits)
 
@@ -328,10 +338,7 @@ class Evaluator:
         return self._sum(shape(key)[2], attend, time=True)
 
     def _fused_mask(self, call: Node, index: Index) -> list[Term]:
-        """A fill with which torch writes a boolean mask for a fused call hides the token.
-
-        A lower one is the user's: where it hides all tokens of a row, their average is wanted.
-        """
+        """The fill with which torch writes a boolean mask for cuDNN hides the token."""
         names = {a.name for a in call.target._schema.arguments} & {"attn_mask", "attn_bias"}
         mask = argument(call, *names) if names else None
         if mask is None:
@@ -341,10 +348,10 @@ class Evaluator:
             return [Term((Mask(settle(mask, index), True, -inf),))]
 
         def hiding(factor: Factor) -> Factor:
-            hides = isinstance(factor, Mask) and ABSORBING < factor.fill <= FUSED_FILL
+            hides = isinstance(factor, Mask) and factor.fill == FUSED_FILL
             return replace(factor, fill=-inf) if hides else factor
 
-        terms = self.evaluate(mask, index, Context.SCORE)
+        terms = self._addend(mask, index)
         return [replace(t, factors=tuple(map(hiding, t.factors))) for t in terms]
 
 
@@ -353,7 +360,9 @@ def multiplies(node: Node) -> bool:
 
 
 def scaling(node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:
-    """node = tensor times or over a number or a 0-d tensor, or -tensor."""
+    """node = tensor times or over a number or a 0-d tensor, or -tensor.  Integers wrap around."""
+    if dtype(node) not in FLOATS:
+        return None
     if node.target is aten.neg.default:
         return node.args[0], -1.0, ()
     if node.target not in SCALINGS:

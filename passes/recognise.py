@@ -11,11 +11,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import isfinite
 
+import torch
 from torch.fx import Graph, Node
 
 from mla_compile.passes.graph import (
+    CASTS,
     CONTRACTIONS,
     FLOATS,
+    RENAMES,
     Size,
     aten,
     divides,
@@ -23,6 +26,7 @@ from mla_compile.passes.graph import (
     equal,
     is_tensor,
     reached,
+    readers,
     shape,
     true,
 )
@@ -128,6 +132,9 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         return index, evaluator, evaluator.evaluate(root, index)
 
     root = attention.root
+    keys = attention.scores or attention.node.args[1]
+    if any(equal(n, 0) for n in (*shape(root), *shape(keys))):
+        raise Refusal(Reason.PREFILL, "there are no queries or no cached tokens")
     labels = (Label(f"x{d}", n) for d, n in enumerate(shape(root)))
     index, evaluator, terms = refining(squeeze(root, tuple(map(whole, labels))), read)
     softmax, value = split_value(terms, attention)
@@ -141,6 +148,8 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         check_private(stopping.expanded, attention, beside)
         return found
     except Refusal as why:
+        if why.reason is Reason.DTYPE:  # read to the end, casts do not round
+            raise
         refusal = why
     try:
         found = described(attention, index, terms, shared)
@@ -175,6 +184,7 @@ def described(
     batch = tuple(x for x in softmax.rows if x not in shared)
     around = frozenset(batch + softmax.time)
     scores, masks = split_score(score, softmax, around)
+    check_masks(masks)
     kv_c = cached(value, softmax)
     latent, rope, feature = split_keys(scores, kv_c, around, attention.root)
     weights = tuple(f for f in value.factors if f is not kv_c and isinstance(f, Leaf))
@@ -270,13 +280,27 @@ def check(found: MLASite) -> None:
     types = {dtype(n) for n in caches}
     if len(types) != 1 or not types <= FLOATS:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
+    if user := read_wider(found.root, *types):
+        detail = f"{user.name} needs more of the output than the caches' type, {types.pop()}"
+        raise Refusal(Reason.DTYPE, detail, user)
     symbolic = [n for n in ("N", "Lkv", "R", "P", "V") if not isinstance(found.dims[n], int)]
     if symbolic:
         sizes = ", ".join(f"{n} = {found.dims[n]}" for n in symbolic)
         raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}")
     if equal(found.dims["Skv"], 1):
         raise Refusal(Reason.PREFILL, "there is only one cached token")
-    check_masks(found.masks)
+
+
+def read_wider(root: Node, type_: torch.dtype) -> Node | None:
+    """Who reads an output that is wider than this type, other than to cast it down."""
+
+    def fits(node: Node) -> bool:
+        return torch.promote_types(dtype(node), type_) is type_
+
+    views = reached(root, lambda n: [user for user in n.users if user.target in RENAMES])
+    users = [] if fits(root) else [user for view in views for user in readers(view)]
+    others = (user for user in users if user.target not in RENAMES)
+    return next((u for u in others if u.target not in CASTS or not fits(u)), None)
 
 
 def check_private(expanded: set[Node], attention: Attention, beside: Collection[Node]) -> None:

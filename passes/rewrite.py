@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import Size, dtype, equal, shape
+from mla_compile.passes.graph import FLOATS, Size, dtype, equal, shape
 from mla_compile.passes.indexing import Group, Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
@@ -133,17 +133,20 @@ class Emitter:
         q_nope = self.query(site.latent, rows, site.latent.scale)
         q_pe = self.query(site.rope, rows, site.latent.scale) if site.rope else q_nope[..., :0]
         attn_mask, mask_fill = self.mask(site)
+        options = attn_mask, self.block_table(site), self.seq_lens(site)
+        # PyTorch also takes scalars and indices from the host.
+        mask, table, lens = (x if x is None else x.to(kv_c.device) for x in options)
         out, lse = DECODE(
             unit_stride(q_nope.to(kv_c.dtype)),
             unit_stride(q_pe.to(kv_c.dtype)),
             kv_c,
             k_pe,
             site.latent.scale,
-            block_table=self.block_table(site),
-            seq_lens=self.seq_lens(site),
+            block_table=table,
+            seq_lens=lens,
             max_seqlen_q=span(site.queries),
             causal=site.causal,
-            attn_mask=attn_mask,
+            attn_mask=mask,
             mask_fill=None if mask_fill == -inf else mask_fill,
             logit_cap=site.logit_cap,
         )
@@ -185,7 +188,10 @@ class Emitter:
         groups = (site.batch, site.heads, site.queries, site.time)
         views = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
         keeps = [x if mask.keep else ~x for mask, x in views if mask.fill is not None]
-        biases = [self.scaled(x, mask.scale, ()) for mask, x in views if mask.fill is None]
+        added = [(mask.scale, x) for mask, x in views if mask.fill is None]
+        types = FLOATS - {torch.float64} | {dtype(site.latent.key.node)}  # that the op adds
+        added = [(scale, x if x.dtype in types else x.float()) for scale, x in added]
+        biases = [self.scaled(x, scale, ()) for scale, x in added]
         keep = functools.reduce(operator.and_, keeps) if keeps else None
         bias = functools.reduce(operator.add, biases) if biases else None
         fill = next((mask.fill for mask in site.masks if mask.fill is not None), -inf)

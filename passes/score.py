@@ -152,7 +152,8 @@ def conjuncts(mask: Mask) -> Iterator[Mask]:
         return  # hides nothing
     negated = node.target in NOT
     splits = negated or node.target in AND[mask.keep]
-    if mask.fill is None or mask.fill > ABSORBING or not splits or dtype(node) is not torch.bool:
+    splits = splits and all(dtype(x) is torch.bool for x in node.args)
+    if mask.fill is None or mask.fill > ABSORBING or not splits:
         yield mask
         return
     for x in node.args:
@@ -211,9 +212,17 @@ def affine(value: Any, index: Index, axes: tuple[Group, Group]) -> Affine | None
 
 
 def check_masks(masks: tuple[Mask, ...]) -> None:
-    """Several masks compose if each boolean one hides beyond the reach of any score."""
+    """Several masks compose if each boolean one hides beyond the reach of any score.
+
+    Rows that a finite fill hides, in a part of the scores, are told apart by all that is added.
+    """
     fills = {m.fill for m in masks if m.fill is not None}
-    if len(masks) > 1 and (len(fills) > 1 or any(f > ABSORBING for f in fills)):
+    high = [f for f in fills if f > ABSORBING]
+    parts = {m.addend for m in masks if m.addend and m.fill != -inf}
+    biases = sum(m.fill is None for m in masks)
+    if parts and (high or len(parts) + biases > 1):
+        raise Refusal(Reason.MASK, f"to a mask that fills with {sorted(fills)} others are added")
+    if len(masks) > 1 and (len(fills) > 1 or high):
         raise Refusal(Reason.MASK, f"{len(masks)} masks with the fills {sorted(fills)}")
     if any(f == inf or isnan(f) for f in fills):
         raise Refusal(Reason.MASK, f"a mask fills with {sorted(fills)}")

@@ -40,7 +40,7 @@ class Reason(enum.Enum):
     DYNAMIC = (
         "keep the numbers of heads and features static; sequences, queries and tokens may vary"
     )
-    DTYPE = "keep the cache in bfloat16, float16 or float32"
+    DTYPE = "keep the cache in bfloat16, float16 or float32, and use the output in that type"
     SINKS = "the op has no sinks: an extra column under the softmax cannot be kept"
     BETWEEN = (
         "put nothing but W_UK and W_UV between the latent and the keys and values; "
@@ -95,7 +95,8 @@ class Refusal(Exception):
 class Mask:
     """One mask on the scores.
 
-    With a `fill` a boolean tensor: scores become `fill` where it is not `keep`.
+    With a `fill` a boolean tensor: scores become `fill` where it is not `keep`, or only the
+    `addend` of that number, a part of them.
     Without one `scale` times a tensor that is added to the scores.
     """
 
@@ -103,6 +104,7 @@ class Mask:
     keep: bool = True
     fill: float | None = None
     scale: float = 1.0
+    addend: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from mla_compile.passes.graph import (
     CASTS,
     CONTRACTIONS,
     COPIES,
+    FLOATS,
     FUSED_ATTENTION,
     RENAMES,
     RESHAPES,
     aten,
     constant,
+    dtype,
     equal,
     is_tensor,
     reached,
@@ -31,8 +33,6 @@ from mla_compile.passes.graph import (
 )
 from mla_compile.passes.site import Reason, Refusal
 
-# The same numbers, at most in another type.
-SAME = CASTS | COPIES
 # What probabilities stay probabilities through, up to a factor.
 CARRIERS = RENAMES | CASTS | {aten.mul.Tensor, aten.slice.Tensor}
 
@@ -140,14 +140,19 @@ def unshifted(scores: Node, axis: int) -> Node:
     return unshifted(before, axis)
 
 
+def unchanged(node: Node) -> bool:
+    """The same numbers as its input's, at most in another floating type."""
+    return node.target in COPIES or (node.target in CASTS and dtype(node) in FLOATS)
+
+
 def copies(node: Node) -> Iterator[Node]:
     """The node, and its casts and copies."""
-    return reached(node, lambda n: [user for user in n.users if user.target in SAME])
+    return reached(node, lambda n: [user for user in n.users if unchanged(user)])
 
 
 def original(node: Node) -> Node:
     """The node behind casts and copies."""
-    while node.target in SAME:
+    while unchanged(node):
         node = node.args[0]
     return node
 
@@ -163,7 +168,7 @@ def per_row(node: Node, like: Node, axis: int) -> Node | None:
 
 def behind(node: Node) -> Node:
     """The node behind casts and views that only add or remove dimensions of size one."""
-    while node.target in SAME or (node.target in RESHAPES and same_rows(node, node.args[0])):
+    while unchanged(node) or (node.target in RESHAPES and same_rows(node, node.args[0])):
         node = node.args[0]
     return node
 

@@ -165,6 +165,39 @@ def fill_of_infinity(x: Inputs) -> Tensor:
     )
 
 
+def length_and_another_fill(x: Inputs) -> Tensor:
+    """A row that `keep` hides averages over all tokens, those past the length as well."""
+    s = absorbed_scores(x).masked_fill(~x.visible[:, None, None], float("-inf"))
+    low = torch.finfo(s.dtype).min
+    return attend(s.masked_fill(~x.keep.transpose(1, 2), low).softmax(-1), x)
+
+
+def two_fills_added(x: Inputs) -> Tensor:
+    """A row that one of them hides averages over what the other one does not hide."""
+    masks = x.visible[:, None, None], x.keep.transpose(1, 2)
+    return attend(
+        (absorbed_scores(x) + sum(torch.where(m, 0.0, -1e30) for m in masks)).softmax(-1), x
+    )
+
+
+def fill_scaled_down(x: Inputs) -> Tensor:
+    mask = torch.where(x.visible[:, None, None], 0.0, -1e30) * 1e-30
+    return attend((absorbed_scores(x) + mask).softmax(-1), x)
+
+
+def fill_that_rope_is_added_to(x: Inputs) -> Tensor:
+    q = torch.einsum("bshd,hdc->bshc", x.q_nope, x.W_UK)
+    s = torch.einsum("bshc,btc->bsht", q, x.kv_c).masked_fill(~x.visible[:, None, None], -5.0)
+    return attend((s + torch.einsum("bshr,btr->bsht", x.q_pe, x.k_pe)).softmax(-1), x)
+
+
+def scale_of_bytes(x: Inputs) -> Tensor:
+    """Minus a byte is a byte: 256 less it."""
+    w = -(x.W_UK.abs() * 10).to(torch.uint8) * -1e-3
+    k = torch.einsum("btc,hpc->bhtp", x.kv_c, w)
+    return attend(torch.einsum("bshp,bhtp->bsht", x.q_nope, k).softmax(-1), x)
+
+
 def dropout(x: Inputs) -> Tensor:
     return attend(F.dropout(absorbed_scores(x).softmax(-1), 0.5, training=True), x)
 
@@ -198,6 +231,12 @@ def quantised_latent(x: Inputs) -> Tensor:
     )
 
 
+def output_wider_than_the_cache(x: Inputs) -> Tensor:
+    kv_c, k_pe = (t.bfloat16().float() for t in (x.kv_c, x.k_pe))
+    narrow = replace(x, kv_c=kv_c, k_pe=k_pe)
+    return attend(absorbed_scores(narrow).softmax(-1), narrow)
+
+
 def scale_of_every_query(x: Inputs) -> Tensor:
     return attend((absorbed_scores(x) * x.q_pe.mean(-1, keepdim=True)).softmax(-1), x)
 
@@ -226,6 +265,11 @@ def sink_in_the_denominator(x: Inputs) -> Tensor:
 def sink_in_a_late_denominator(x: Inputs) -> Tensor:
     e = absorbed_scores(x).exp()
     return attend(e, x) / (e.sum(-1, keepdim=True) + 1)
+
+
+def exponentials_cut_to_integers(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e.long() / e.sum(-1, keepdim=True), x)
 
 
 def exponentials_returned(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -333,6 +377,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (sink_in_a_late_denominator, Reason.SINKS),
     (late_division_by_the_sum_of_another_row, Reason.SOFTMAX),
     (late_division_by_the_sum_over_heads, Reason.SOFTMAX),
+    (exponentials_cut_to_integers, Reason.SINKS),
     (exponentials_returned, Reason.ESCAPE),
     (lse_of_scores_without_the_mask, Reason.ESCAPE),
     (maximum_returned, Reason.ESCAPE),
@@ -346,12 +391,18 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (probabilities_sharpened, Reason.ESCAPE),
     (two_fills, Reason.MASK),
     (fill_of_infinity, Reason.MASK),
+    (length_and_another_fill, Reason.MASK),
+    (two_fills_added, Reason.MASK),
+    (fill_scaled_down, Reason.MASK),
+    (fill_that_rope_is_added_to, Reason.VALUE),
+    (scale_of_bytes, Reason.SCALE),
     (dropout, Reason.DROPOUT),
     (prefill, Reason.PREFILL),
     (positions_between_latent_and_keys, Reason.BETWEEN),
     (nonlinear_expansion, Reason.BETWEEN),
     (biased_expansion, Reason.BETWEEN),
     (quantised_latent, Reason.VALUE),
+    (output_wider_than_the_cache, Reason.DTYPE),
     (scale_of_every_query, Reason.SCALE),
     (top_left_causal_sdpa, Reason.CAUSAL),
     (padded_values_cropped_to_other_columns, Reason.BETWEEN),

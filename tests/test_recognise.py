@@ -249,6 +249,80 @@ def test_a_length_may_be_a_difference_of_tensors() -> None:
 
 
 @torch.no_grad()
+def test_a_mask_may_be_made_of_numbers() -> None:
+    """Only what is boolean is negated by ~, and hides where it is False."""
+
+    def decode(x: Inputs) -> Tensor:
+        unseen = x.visible[:, None, None].to(x.kv_c.dtype).logical_not()
+        s = absorbed_scores(x).masked_fill(unseen, float("-inf"))
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c)
+
+    assert masks_of(decode, inputs()) == ("bool", True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+@torch.no_grad()
+def test_what_is_added_becomes_a_float_that_the_op_takes(dtype: torch.dtype) -> None:
+    """On a GPU at most fp32; what is boolean would hide tokens."""
+
+    def decode(x: Inputs) -> Tensor:
+        s = absorbed_scores(x) + (torch.arange(x.kv_c.shape[1]) // 8 % 3).to(dtype)
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1).to(x.kv_c.dtype), x.kv_c)
+
+    compiled, x = Compiled(decode), inputs()
+    torch.testing.assert_close(compiled(x), decode(x))
+    (call,) = [n for graph in compiled.graphs for n in graph.nodes if n.target is OP]
+    assert call.kwargs["attn_mask"].meta["val"].dtype is torch.float32
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_length_and_a_table_may_be_on_the_host() -> None:
+    def decode(x: Inputs, table: Tensor, length: Tensor) -> Tensor:
+        fused = x.pool[table].view(len(table), -1, 40)
+        x = replace(x, kv_c=fused[..., :32], k_pe=fused[..., 32:])
+        unseen = torch.arange(x.kv_c.shape[1], device=x.kv_c.device) >= length
+        s = absorbed_scores(x).masked_fill(unseen, float("-inf"))
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c)
+
+    x, compiled = inputs().to(torch.float32, "cuda"), Compiled(decode)
+    host = x.table.cpu().long(), torch.tensor(20)
+    torch.testing.assert_close(compiled(x, *host), decode(x, *host), atol=2e-3, rtol=2e-3)
+    assert compiled.count(OP) == 1
+
+
+@torch.no_grad()
+def test_a_constant_is_what_its_type_makes_of_it() -> None:
+    def decode(x: Inputs) -> Tensor:
+        scale = torch.full((), 2.7, dtype=torch.int64)
+        return torch.einsum("bsht,btc->bshc", (absorbed_scores(x) * scale).softmax(-1), x.kv_c)
+
+    assert masks_of(decode, inputs()) == ("none", False)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_selected_from_the_end_by_a_symbol() -> None:
+    def decode(x: Inputs, layer: int) -> Tensor:
+        fused = torch.stack([x.fused * i for i in range(6)])[2:][layer - 5]
+        return deepseek_absorbed(replace(x, kv_c=fused[..., :32], k_pe=fused[..., 32:]))
+
+    x, compiled = inputs(), Compiled(decode)
+    torch._dynamo.reset()
+    fast = torch.compile(decode, backend=compiled.backend)
+    for layer in (3, 4, 2):  # a symbol from the second on
+        torch.testing.assert_close(fast(x, layer), decode(x, layer))
+    assert compiled.count(OP) == len(compiled.graphs) == 2
+
+
+@pytest.mark.parametrize("empty", [{"Sq": 0}, {"Skv": 0}], ids=["queries", "tokens"])
+@torch.no_grad()
+def test_an_attention_of_nothing_is_left_alone(empty: dict[str, int]) -> None:
+    x, compiled = inputs(**empty), Compiled(deepseek_absorbed)
+    torch.testing.assert_close(compiled(x), deepseek_absorbed(x))
+    assert [miss.reason for miss in compiled.misses] == [Reason.PREFILL]
+
+
+@torch.no_grad()
 def test_queries_in_an_order_that_a_tensor_says_meet_one_fused_cache() -> None:
     def permuted(x: Inputs) -> Tensor:
         q = torch.cat([torch.einsum("bshd,hdc->bshc", x.q_nope, x.W_UK), x.q_pe], -1)
@@ -296,11 +370,13 @@ def test_a_causal_mask_of_more_queries_than_tokens_is_read() -> None:
     assert masks_of(causal(torch.finfo(torch.float32).min), x) == ("bool", True)
 
 
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e9, -65504.0, -1e5])
 @torch.no_grad()
-def test_a_fused_call_whose_finite_mask_hides_all_tokens_averages_over_them() -> None:
+def test_a_fused_call_whose_finite_mask_hides_all_tokens_averages_over_them(low: float) -> None:
+    """Or weighs them as if it hid none, where the mask leaves something of their scores."""
+
     def decode(x: Inputs) -> Tensor:
         q, k, v = (t[..., : x.P] for t in expand(x))  # as wide as the values: fused on a CPU too
-        low = torch.finfo(q.dtype).min
         bias = q.new_zeros(3, 1, 1, k.shape[2]).masked_fill(~x.visible[:, None, None], low)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=SCALE)
 

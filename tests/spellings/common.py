@@ -85,7 +85,7 @@ def inputs(B: int = 3, Sq: int = 1, Skv: int = 48, N: int = 4, seed: int = 0) ->
     pool = normal(len(pages), 4, 40).index_fill(0, pages[:5], torch.nan)
     fused = pool[table].view(B, Skv, 40)
     keep = torch.rand(B, 1, Sq, Skv, generator=generator) < 0.7
-    keep[..., 0] = True
+    keep[..., :1] = True
     return Inputs(
         q_nope=normal(B, Sq, N, 16),
         q_pe=normal(B, Sq, N, 8),
