@@ -253,7 +253,8 @@ def rewritten(
     names = roles(site)
     old = between(before, site.root.name, names)
     made = {x.name for x in new}
-    inputs = dict.fromkeys(name for x in new for name in x.inputs if name not in made)
+    read = {name for x in new for name in x.inputs} - made
+    inputs = [x for name, x in after.items() if name in read]  # one may be made of another
     return Rewritten(
         where=site.where,
         module=module_path(site.root),
@@ -266,7 +267,7 @@ def rewritten(
         dims=site.dims,
         saves=saving(site.dims, site.expanded),
         before=svg(old, names),
-        after=svg([*(after[name] for name in inputs), *new], names),
+        after=svg([*inputs, *new], names),
     )
 
 

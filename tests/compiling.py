@@ -14,8 +14,9 @@ from torch._functorch.partitioners import default_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
 
-from mla_compile.passes.inductor import MLAPass, Verdict
+from mla_compile.passes.inductor import Verdict
 from mla_compile.passes.site import Miss, MLASite
+from mla_compile.report import Recorder, Report
 
 OP = torch.ops.mla_compile.mla_decode.default
 NAIVE = {torch.ops.aten.exp.default, torch.ops.aten.amax.default, torch.ops.aten._softmax.default}
@@ -23,12 +24,13 @@ NAIVE = {torch.ops.aten.exp.default, torch.ops.aten.amax.default, torch.ops.aten
 
 @dataclass
 class Compiled:
-    """A function compiled with the pass in strict mode, and what the pass said and made of it."""
+    """A function compiled with the pass in strict mode, what it said of it, made and reported."""
 
     fn: Callable[..., Any]
     dynamic: bool | None = None
     verdicts: list[Verdict] = field(default_factory=list)
     graphs: list[Graph] = field(default_factory=list)
+    report: Report = field(default_factory=Report)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         torch._dynamo.reset()
@@ -53,7 +55,9 @@ class Compiled:
         )
 
     def run_pass(self, gm: GraphModule) -> None:
-        MLAPass(strict=True, record=self.verdicts.append)(gm.graph)
+        recorder = Recorder(self.report)
+        recorder.strict, recorder.record = True, self.verdicts.append
+        recorder(gm.graph)
         gm.graph.lint()
         gm.recompile()
         self.graphs.append(gm.graph)
