@@ -50,13 +50,13 @@ class RowSum:
     shift: Node | None
     axis: int
 
-    def logarithms(self) -> Iterator[Node]:
-        """log Σ exp(scores), with or without the axis: log(total) + shift."""
+    def logarithms(self, scores: Node) -> Iterator[Node]:
+        """log Σ exp(scores), with or without the axis: log(total), + shift if it is still in them."""
+        scores = original(scores)
         for log in (u for u in self.total.users if u.target is aten.log.default):
-            if self.shift is None:
+            if scores is original(self.exponential.args[0]):
                 yield log
-                continue
-            for add in log.users:
+            for add in log.users if self.shift and scores is original(self.scores) else ():
                 if add.target is not aten.add.Tensor or add.kwargs or not same_rows(add, log):
                     continue
                 other = add.args[1] if add.args[0] is log else add.args[0]
@@ -108,9 +108,9 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
         for row in sums if shift is not None else ():
-            same = original(row.scores) is original(scores)
-            if same and per_row(shift, scores, row.axis) in row.logarithms():
-                found.append(Normalised(exponential, scores, row.axis, None, sums))
+            if per_row(shift, scores, row.axis) in row.logarithms(scores):
+                plain = unshifted(scores, row.axis)
+                found.append(Normalised(exponential, plain, row.axis, None, sums))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
@@ -263,9 +263,8 @@ def attention_of(softmax: Normalised) -> Attention:
             raise Refusal(Reason.SOFTMAX, detail, root)
         root = after
         path |= {root}
-    scores = original(softmax.scores)
-    same = (x for x in softmax.sums if x.axis == softmax.axis and original(x.scores) is scores)
-    lse = tuple(log for row in same for log in row.logarithms() if escape(log, {root, node}))
+    logs = (x.logarithms(softmax.scores) for x in softmax.sums if x.axis == softmax.axis)
+    lse = tuple(log for of in logs for log in of if escape(log, {root, node}))
     return Attention(**vars(softmax), contraction=contraction, root=root, path=path, lse=lse)
 
 

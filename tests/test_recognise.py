@@ -340,6 +340,12 @@ def probabilities_of_twice_the_shift(x: Inputs) -> Tensor:
     return torch.sub(s, s.logsumexp(-1, keepdim=True), alpha=2).exp()
 
 
+def probabilities_shifted_once_too_little(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    top = s.amax(-1, keepdim=True)
+    return (s - (s - top).exp().sum(-1, keepdim=True).log()).exp()
+
+
 def probabilities_without_other_rows(x: Inputs) -> Tensor:
     """As in ATen's safe softmax, but query t is left out where nobody sees token t."""
     s = absorbed_scores(x).masked_fill(torch.arange(x.kv_c.shape[1]) == 1, float("-inf"))
@@ -349,7 +355,12 @@ def probabilities_without_other_rows(x: Inputs) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "probabilities", [probabilities_of_twice_the_shift, probabilities_without_other_rows]
+    "probabilities",
+    [
+        probabilities_of_twice_the_shift,
+        probabilities_shifted_once_too_little,
+        probabilities_without_other_rows,
+    ],
 )
 @torch.no_grad()
 def test_what_is_nearly_a_softmax_is_left_alone(

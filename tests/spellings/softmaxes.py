@@ -21,6 +21,10 @@ def softmax_by_logsumexp(x: Inputs) -> Tensor:
     return up(weighed((s - s.logsumexp(-1, keepdim=True)).exp(), x), x)
 
 
+def softmax_by_log_softmax(x: Inputs) -> Tensor:
+    return up(weighed(scores(x).log_softmax(-1).exp(), x), x)
+
+
 def softmax_without_a_maximum(x: Inputs) -> Tensor:
     e = scores(x).exp()
     return up(weighed(e / e.sum(-1, keepdim=True), x), x)
