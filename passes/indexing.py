@@ -249,6 +249,14 @@ def _same(node: Node, index: Index) -> Read:
     return node.args[0], broadcast(node.args[0], index)
 
 
+def _repeat(node: Node, index: Index) -> Read:
+    """Repeated along dimensions of size one, a tensor is broadcast."""
+    sizes = shape(node.args[0])
+    wide = shape(node)[len(index) - len(sizes) :]
+    broadcasts = all(equal(n, 1) or equal(n, m) for n, m in zip(sizes, wide, strict=True))
+    return _same(node, index) if broadcasts else None
+
+
 def _copy(node: Node, index: Index) -> Read:
     source = node.args[1]
     return (source, broadcast(source, index)) if dtype(source) == dtype(node) else None
@@ -364,6 +372,7 @@ def _gather(node: Node, index: Index) -> Read:
 _RULES: dict[Any, Callable[[Node, Index], Read]] = {
     **dict.fromkeys({*COPIES, aten.expand.default}, _same),
     **dict.fromkeys(RESHAPES, _reshape),
+    aten.repeat.default: _repeat,
     aten.copy.default: _copy,
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,

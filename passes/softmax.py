@@ -51,7 +51,7 @@ class RowSum:
     axis: int
 
     def logarithms(self, scores: Node) -> Iterator[Node]:
-        """log Σ exp(scores), with or without the axis: log(total), + shift if it is still in them."""
+        """log Σ exp(scores), with or without the axis: log(total) + shift, if they have it yet."""
         scores = original(scores)
         for log in (u for u in self.total.users if u.target is aten.log.default):
             if scores is original(self.exponential.args[0]):
