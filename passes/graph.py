@@ -6,9 +6,11 @@ Sizes may be symbolic; no answer adds a guard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import sympy
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
@@ -88,7 +90,15 @@ def equal(a: Size, b: Size) -> bool:
 
 
 def divides(a: Size, b: Size) -> bool:
-    return equal(a, 1) or equal(a, b) or equal(b % a, 0)
+    if equal(a, 1) or equal(a, b) or equal(b % a, 0):
+        return True
+    return not (isinstance(a, int) and isinstance(b, int)) and _multiple(*map(expression, (a, b)))
+
+
+@lru_cache(maxsize=4096)
+def _multiple(a: Any, b: Any) -> bool:
+    """As polynomials: PyTorch does not see that 2·s + 2 is a multiple of s + 1."""
+    return bool(sympy.div(b, a, domain="ZZ")[1] == 0)
 
 
 def expression(n: Size) -> Any:

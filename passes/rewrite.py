@@ -79,6 +79,9 @@ class Rewriter:
             for node in (n for n in body.nodes if n.op == "call_function"):
                 copy = copies[node] = self.graph.node_copy(node, copies.__getitem__)
                 copy.meta = kept | {"val": node.meta["val"]}
+                if node.target is DECODE:  # without, Inductor passes it what strides it likes
+                    given = map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
+                    copy.meta["eager_input_vals"] = given
                 if getattr(node.target, "is_view", False) and node.args[0] in moved:
                     moved.add(node)
                     copy.meta["val"] = copy.target(*map_arg(copy.args, lambda n: n.meta["val"]))

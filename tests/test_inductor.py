@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -18,7 +20,7 @@ import mla_compile
 from mla_compile.passes import inductor
 from mla_compile.passes.inductor import MLAPass
 from tests.compiling import error
-from tests.spellings import inputs
+from tests.spellings import SCALE, Inputs, inputs
 from tests.spellings.absorbed import deepseek_absorbed
 from tests.spellings.expanded import expanded_sdpa_length_mask
 
@@ -50,6 +52,23 @@ def test_the_backend_is_found_by_its_name() -> None:
     exact = expanded_sdpa_length_mask(x.to(torch.float64))
     assert mla_compile.counters == {"rewritten": 1}
     assert error(result, exact) <= 2 * error(expanded_sdpa_length_mask(x), exact)
+
+
+def test_the_op_gets_the_strides_that_it_was_planned_with() -> None:
+    """Autocast reads rope keys transposed; Inductor would store the cast as it is read."""
+
+    def decode(x: Inputs) -> Tensor:
+        k, v = F.linear(x.kv_c, x.w).unflatten(-1, (x.N, -1)).transpose(1, 2).chunk(2, dim=-1)
+        rope = x.k_pe[:, None].mT.to(k.dtype)
+        s = x.q_nope.transpose(1, 2) @ k.mT + x.q_pe.transpose(1, 2).to(k.dtype) @ rope
+        out: Tensor = (s * SCALE).softmax(-1) @ v
+        return out
+
+    exact, x = decode(inputs().to(torch.float64)), inputs().to(torch.bfloat16)
+    x = replace(x, q_pe=x.q_pe.float(), k_pe=x.k_pe.float())
+    result = torch.compile(decode, backend="mla")(x)
+    assert mla_compile.counters == {"rewritten": 1}
+    assert error(result, exact) <= 2 * error(decode(x), exact)
 
 
 @pytest.mark.parametrize(

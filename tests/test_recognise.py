@@ -33,7 +33,11 @@ from tests.spellings.absorbed import (
     absorbed_causal_triangle,
     deepseek_absorbed,
 )
-from tests.spellings.expanded import expanded_sdpa_length_mask
+from tests.spellings.expanded import (
+    expanded_after_a_cache_append,
+    expanded_rope_repeated,
+    expanded_sdpa_length_mask,
+)
 
 # Decode and two tokens at once, the three types, static and dynamic sizes.
 CASES = [
@@ -332,6 +336,27 @@ def test_queries_in_an_order_that_a_tensor_says_meet_one_fused_cache() -> None:
 
     compiled, x = Compiled(permuted), inputs()
     torch.testing.assert_close(compiled(x), permuted(x))
+    assert compiled.count(OP) == 1
+
+
+@torch.no_grad()
+def test_tokens_that_are_repeated_are_read_where_they_were_repeated_to() -> None:
+    def decode(x: Inputs) -> Tensor:
+        k_pe = x.k_pe[:, ::2].repeat(1, 2, 1)
+        return expanded_rope_repeated(replace(x, k_pe=k_pe))
+
+    compiled, x = Compiled(decode), inputs()
+    torch.testing.assert_close(compiled(x), decode(x))
+    assert compiled.count(OP) == 1
+
+
+@torch.no_grad()
+def test_a_cache_that_grows_in_the_step_may_be_all_that_is_dynamic() -> None:
+    """2 * s + 2 rows of kv_b_proj are 2 sequences of s + 1 tokens."""
+    compiled, x = Compiled(expanded_after_a_cache_append), inputs()
+    for cache in (x.kv_c, x.k_pe):
+        torch._dynamo.mark_dynamic(cache, 1)
+    torch.testing.assert_close(compiled(x), expanded_after_a_cache_append(x))
     assert compiled.count(OP) == 1
 
 

@@ -60,6 +60,14 @@ def expanded_two_linears(x: Inputs) -> Tensor:
     return ((s * SCALE).softmax(-1) @ v).transpose(1, 2)
 
 
+def expanded_rope_repeated(x: Inputs) -> Tensor:
+    B, Skv, _ = x.kv_c.shape
+    k, v = F.linear(x.kv_c, x.w).view(B, Skv, x.N, -1).chunk(2, dim=-1)
+    k = torch.cat([k, x.k_pe.unsqueeze(2).repeat(1, 1, x.N, 1)], -1)
+    s = torch.einsum("bshd,bthd->bhst", torch.cat([x.q_nope, x.q_pe], -1), k) * SCALE
+    return torch.einsum("bhst,bthd->bshd", s.softmax(-1), v)
+
+
 def expanded_heads_last(x: Inputs) -> Tensor:
     """DeepSeek's naive mode, with the expansion in the step: einsums over [B, S, N, D]."""
     q = torch.cat([x.q_nope, x.q_pe], -1)
