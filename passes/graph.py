@@ -146,9 +146,15 @@ def constant(value: Any) -> float | None:
     """The number that a scalar, or a tensor filled with one, stands for, as its type rounds it."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, Node) or value.op != "call_function":
+    if not isinstance(value, Node) or value.op not in ("call_function", "get_attr"):
         return None
-    if value.target is aten.full.default:
+    if value.op == "get_attr":  # of torch.tensor(number)
+        stored = getattr(value.graph.owning_module, value.target, None)
+        if not isinstance(stored, torch.Tensor) or stored.dim() or stored.dtype is torch.bool:
+            return None
+        with unset_fake_temporarily():
+            number = constant(stored.item())
+    elif value.target is aten.full.default:
         number = constant(value.args[1])
     elif value.target in RENAMES | CASTS | {aten.scalar_tensor.default}:
         number = constant(value.args[0])

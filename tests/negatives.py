@@ -277,6 +277,11 @@ def exponentials_returned(x: Inputs) -> tuple[Tensor, Tensor]:
     return attend(e, x) / e.sum(-1, keepdim=True), e
 
 
+def fill_of_every_sequence(x: Inputs) -> Tensor:
+    fill = torch.tensor([-1e9, -3.0, 0.0]).view(-1, 1, 1, 1)
+    return attend(torch.where(x.visible[:, None, None], absorbed_scores(x), fill).softmax(-1), x)
+
+
 def lse_of_scores_without_the_mask(x: Inputs) -> tuple[Tensor, Tensor]:
     s = absorbed_scores(x)
     masked = s.masked_fill(~x.visible[:, None, None], float("-inf"))
@@ -379,6 +384,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (late_division_by_the_sum_over_heads, Reason.SOFTMAX),
     (exponentials_cut_to_integers, Reason.SINKS),
     (exponentials_returned, Reason.ESCAPE),
+    (fill_of_every_sequence, Reason.SCORE),
     (lse_of_scores_without_the_mask, Reason.ESCAPE),
     (maximum_returned, Reason.ESCAPE),
     (negative_soft_cap, Reason.SCALE),

@@ -71,6 +71,11 @@ def absorbed_flattened_heads(x: Inputs) -> Tensor:
     return up(out, x)
 
 
+def absorbed_fill_in_a_tensor(x: Inputs) -> Tensor:
+    s = torch.where(x.visible[:, None, None], absorbed_scores(x), torch.tensor(-1e9))
+    return up(torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c), x)
+
+
 def absorbed_multiply_and_sum(x: Inputs) -> Tensor:
     """Broadcast multiply and sum, tokens before heads, the scale as a division."""
     q = (x.q_nope.unsqueeze(-1) * x.W_UK).sum(-2)
