@@ -46,5 +46,24 @@ def test_the_table_is_what_was_measured_with_no_row_left_out(what: str) -> None:
     assert [cells for name, cells in TIMES if name == what] == measured(what)
 
 
+PEERS = {"ours": "mla_compile", "FlashMLA": "flashmla_peer:flash_mla", "FlashInfer": "flashinfer"}
+SHAPE = r"(\d+) × (\d+)(?:, Sq (\d+))?(?:, (\d+) heads)?(?:, ([a-z-]+))?"
+
+
+def test_the_times_of_peers_are_what_was_measured() -> None:
+    header, *lines = re.findall(
+        rf"^\| (µs, page 64|{'|'.join(PEERS)}) \| (.*) \|$", TEXT, re.MULTILINE
+    )
+    with (ROOT / "bench/results/sweep-h200.csv").open() as file:
+        rows = [r for r in csv.DictReader(file) if (r["page"], r["dtype"]) == ("64", "bf16")]
+    columns = ("provider", "batch", "context", "Sq", "heads", "lengths")
+    for name, cells in lines:
+        for shape, cell in zip(header[1].split(" | "), cells.split(" | "), strict=True):
+            batch, context, Sq, heads, lengths = re.fullmatch(SHAPE, shape).groups()  # type: ignore[union-attr]
+            wanted = PEERS[name], batch, context, Sq or "1", heads or "128", lengths or "even"
+            (row,) = (r for r in rows if tuple(r[c] for c in columns) == wanted)
+            assert cell == f"{float(row['ms']) * 1e3:.3g}"
+
+
 def test_the_readme_is_short() -> None:
     assert TEXT.count("\n") <= 150
