@@ -157,7 +157,7 @@ GLUON: dict[str, tuple[Config, ...]] = {
             block_n=64,
             num_warps=4,
             kernel="sm90",
-            # 573-607 TF/s with a cold L2 where the portable kernel has 233-245.
+            # 561-632 TF/s with a cold L2 where the portable kernel has 222-253.
             combine=1 / 21,  # 2 sequences of 4096: 22 µs in 16 splits each, 25 in 32
             persistent=True,
             early=True,
