@@ -246,15 +246,11 @@ def _axis(node: Node, rank: int) -> int:
 
 
 def _same(node: Node, index: Index) -> Read:
-    return node.args[0], broadcast(node.args[0], index)
-
-
-def _repeat(node: Node, index: Index) -> Read:
-    """Repeated along dimensions of size one, a tensor is broadcast."""
-    sizes = shape(node.args[0])
-    wide = shape(node)[len(index) - len(sizes) :]
-    broadcasts = all(equal(n, 1) or equal(n, m) for n, m in zip(sizes, wide, strict=True))
-    return _same(node, index) if broadcasts else None
+    """A copy, or a tensor that is expanded or repeated along dimensions of size one alone."""
+    source = node.args[0]
+    sizes = zip(shape(source)[::-1], shape(node)[::-1], strict=False)
+    same = all(equal(n, 1) or equal(n, m) for n, m in sizes)
+    return (source, broadcast(source, index)) if same else None
 
 
 def _copy(node: Node, index: Index) -> Read:
@@ -370,9 +366,8 @@ def _gather(node: Node, index: Index) -> Read:
 
 
 _RULES: dict[Any, Callable[[Node, Index], Read]] = {
-    **dict.fromkeys({*COPIES, aten.expand.default}, _same),
+    **dict.fromkeys({*COPIES, aten.expand.default, aten.repeat.default}, _same),
     **dict.fromkeys(RESHAPES, _reshape),
-    aten.repeat.default: _repeat,
     aten.copy.default: _copy,
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
