@@ -6,12 +6,14 @@ Sizes may be symbolic; no answer adds a guard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import sympy
 import torch
+from sympy.polys.polyerrors import BasePolynomialError
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
@@ -98,7 +100,9 @@ def divides(a: Size, b: Size) -> bool:
 @lru_cache(maxsize=4096)
 def _multiple(a: Any, b: Any) -> bool:
     """As polynomials: PyTorch does not see that 2·s + 2 is a multiple of s + 1."""
-    return bool(sympy.div(b, a, domain="ZZ")[1] == 0)
+    with suppress(BasePolynomialError):
+        return bool(sympy.div(b, a, domain="ZZ")[1] == 0)
+    return False
 
 
 def expression(n: Size) -> Any:
