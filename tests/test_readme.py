@@ -57,6 +57,7 @@ def test_the_times_of_peers_are_what_was_measured() -> None:
     with (ROOT / "bench/results/sweep-h200.csv").open() as file:
         rows = [r for r in csv.DictReader(file) if (r["page"], r["dtype"]) == ("64", "bf16")]
     columns = ("provider", "batch", "context", "Sq", "heads", "lengths")
+    assert [name for name, _ in lines] == list(PEERS)
     for name, cells in lines:
         for shape, cell in zip(header[1].split(" | "), cells.split(" | "), strict=True):
             batch, context, Sq, heads, lengths = re.fullmatch(SHAPE, shape).groups()  # type: ignore[union-attr]
