@@ -130,7 +130,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def is_scalar_tensor(value: Any) -> bool:
-    return is_tensor(value) and not shape(value)
+    return is_tensor(value) and all(equal(n, 1) for n in shape(value))
 
 
 def same_shape(a: Node, b: Node) -> bool:

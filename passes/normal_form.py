@@ -360,7 +360,7 @@ def multiplies(node: Node) -> bool:
 
 
 def scaling(node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:
-    """node = tensor times or over a number or a 0-d tensor, or -tensor.  Integers wrap around."""
+    """node = tensor times or over a number or one element, or -tensor.  Integers wrap around."""
     if dtype(node) not in FLOATS:
         return None
     if node.target is aten.neg.default:

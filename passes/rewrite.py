@@ -239,7 +239,7 @@ class Emitter:
     def scaled(self, tensor: Tensor, scale: float, scalars: tuple[Scalar, ...]) -> Tensor:
         tensor = tensor * scale if scale != 1 else tensor
         for scalar in scalars:
-            factor = self.tensors[scalar.node]
+            factor = reshape(self.tensors[scalar.node], [])
             tensor = tensor / factor if scalar.inverse else tensor * factor
         return tensor
 

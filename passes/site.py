@@ -132,7 +132,7 @@ class Paging:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A 0-d tensor that multiplies a term, or divides it."""
+    """A tensor of one element that multiplies a term, or divides it."""
 
     node: Node
     inverse: bool

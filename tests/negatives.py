@@ -241,6 +241,10 @@ def scale_of_every_query(x: Inputs) -> Tensor:
     return attend((absorbed_scores(x) * x.q_pe.mean(-1, keepdim=True)).softmax(-1), x)
 
 
+def scale_of_every_head(x: Inputs) -> Tensor:
+    return attend((absorbed_scores(x) * x.w[: x.N, :1]).softmax(-1), x)
+
+
 def top_left_causal_sdpa(x: Inputs) -> Tensor:
     q = torch.einsum("bshd,hdc->bhsc", x.q_nope, x.W_UK)
     k = x.kv_c[:, None].expand(-1, x.N, -1, -1)
@@ -410,6 +414,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (quantised_latent, Reason.VALUE),
     (output_wider_than_the_cache, Reason.DTYPE),
     (scale_of_every_query, Reason.SCALE),
+    (scale_of_every_head, Reason.SCALE),
     (top_left_causal_sdpa, Reason.CAUSAL),
     (padded_values_cropped_to_other_columns, Reason.BETWEEN),
     (values_padded_by_ones_and_not_cropped, Reason.BETWEEN),

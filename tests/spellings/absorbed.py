@@ -174,6 +174,11 @@ def absorbed_square_roots_of_the_scale(x: Inputs) -> Tensor:
     return weighed(s + torch.einsum("bshr,btr->bsht", x.q_pe * root, x.k_pe * root), x)
 
 
+def absorbed_scale_of_one_element(x: Inputs) -> Tensor:
+    """A buffer of shape [1], as torch.FloatTensor([width]) makes it."""
+    return weighed(absorbed_scores(x) / (4 + x.q_pe.flatten()[:1].sigmoid()), x)
+
+
 def absorbed_bias_of_every_head(x: Inputs) -> Tensor:
     """ALiBi: an additive mask with a head dimension."""
     slopes = 0.5 ** numbers(x)[1 : x.N + 1]
