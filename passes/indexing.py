@@ -203,6 +203,14 @@ def outermost(entry: Entry) -> tuple[Digit, Size]:
     return entry[0], prod((d.base for d in entry[1:]), start=1)
 
 
+def split_at(entry: Entry, inner: Size) -> tuple[Entry, Entry] | None:
+    """The digits of an entry around its innermost `inner` elements, and those within."""
+    spans = accumulate((d.base for d in reversed(entry)), operator.mul, initial=1)
+    ends = (len(entry) - i for i, span in enumerate(spans) if equal(span, inner))
+    at = next(ends, None)
+    return None if at is None else (entry[:at], entry[at:])
+
+
 def shifted(source: Node, index: Index, dim: int, start: Size) -> Read:
     """Read `source` with an index into its slice that begins at `start` along `dim`."""
     entry, size = index[dim], shape(source)[dim]
@@ -246,11 +254,12 @@ def _axis(node: Node, rank: int) -> int:
 
 
 def _same(node: Node, index: Index) -> Read:
-    """A copy, or a tensor that is expanded or repeated along dimensions of size one alone."""
+    """A copy, or a tensor that is expanded or repeated."""
     source = node.args[0]
-    sizes = zip(shape(source)[::-1], shape(node)[::-1], strict=False)
-    same = all(equal(n, 1) or equal(n, m) for n, m in sizes)
-    return (source, broadcast(source, index)) if same else None
+    sizes = shape(node)[len(index) - len(shape(source)) :]
+    dims = zip(broadcast(source, index), shape(source), sizes, strict=True)
+    parts = [((), entry) if equal(n, m) else split_at(entry, n) for entry, n, m in dims]
+    return None if None in parts else (source, tuple(x for _, x in filter(None, parts)))
 
 
 def _copy(node: Node, index: Index) -> Read:
@@ -315,6 +324,10 @@ def _select(node: Node, index: Index) -> Read:
 
 def _piece(node: Node, index: Index) -> Read:
     pieces, which = node.args
+    if pieces.target is aten.unbind.int:
+        dim = _axis(pieces, len(index) + 1)
+        entry = (Digit(None, which, shape(pieces.args[0])[dim]),)
+        return pieces.args[0], (*index[:dim], entry, *index[dim:])
     if pieces.target not in (aten.split_with_sizes.default, aten.split.Tensor):
         return None
     dim = _axis(pieces, len(index))

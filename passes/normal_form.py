@@ -45,6 +45,7 @@ from mla_compile.passes.indexing import (
     refining,
     relabel,
     settle,
+    split_at,
     squeeze,
     whole,
 )
@@ -316,24 +317,28 @@ class Evaluator:
         if argument(call, "dropout_p", 0.0) != 0.0:
             raise Refusal(Reason.DROPOUT, "the fused attention call drops probabilities")
         heads, of_keys = shape(query)[1], shape(key)[1]
-        if not all(equal(n, 1) or equal(n, heads) for n in (of_keys, shape(value)[1])):
-            detail = f"{of_keys} key heads for {heads} query heads in a fused attention call"
-            raise Refusal(Reason.NO_LATENT, detail)
         width = shape(query)[-1]
         scale = argument(call, "scale")
         scale = float(width) ** -0.5 if scale is None else float(scale)
         batch, head, row, column = index
+        groups = [split_at(head, heads // n) for n in (of_keys, shape(value)[1])]
+        if None in groups and len(head) == 1 and head[0].full:
+            raise Refine(head[0].label, heads // of_keys)
+        if None in groups:
+            detail = f"{of_keys} key heads for {heads} query heads in a fused attention call"
+            raise Refusal(Reason.NO_LATENT, detail)
+        of_k, of_v = (group for group, _ in filter(None, groups))
 
         def attend(t: Entry) -> list[Term]:
             score = self._sum(
                 width,
-                lambda k: self._product((query, (batch, head, row, k)), (key, (batch, head, t, k))),
+                lambda k: self._product((query, (batch, head, row, k)), (key, (batch, of_k, t, k))),
                 time=False,
             )
             score = [replace(x, scale=x.scale * scale) for x in score]
             score += self._fused_mask(call, (batch, head, row, t))
             softmax = Term((self._rows(score, (batch, head, row), t),))
-            return [softmax.times(v) for v in self.evaluate(value, (batch, head, t, column))]
+            return [softmax.times(v) for v in self.evaluate(value, (batch, of_v, t, column))]
 
         return self._sum(shape(key)[2], attend, time=True)
 

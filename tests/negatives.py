@@ -40,6 +40,12 @@ def grouped_query_cache_of_keys_that_are_values(x: Inputs) -> Tensor:
     return torch.einsum("bsht,bthd->bshd", s.softmax(-1), k)
 
 
+def grouped_query_cache_by_sdpa(x: Inputs) -> Tensor:
+    B, Skv, _ = x.kv_c.shape
+    k, v = x.fused[..., :32].reshape(B, Skv, 2, 16).transpose(1, 2).chunk(2, -1)
+    return F.scaled_dot_product_attention(x.q_pe.transpose(1, 2), k, v, enable_gqa=True)
+
+
 def cache_of_transposed_features(x: Inputs) -> Tensor:
     kv_c = x.kv_c.mT.contiguous().mT.sin()
     return attend(absorbed_scores(replace(x, kv_c=kv_c)).softmax(-1), x, kv_c)
@@ -80,6 +86,15 @@ def values_one_token_late(x: Inputs) -> Tensor:
 
 def values_shifted_by_padding(x: Inputs) -> Tensor:
     return attend(absorbed_scores(x).softmax(-1), x, F.pad(x.kv_c, [0, 0, 1, -1]))
+
+
+def values_of_half_the_tokens_repeated(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(-1), x, x.kv_c[:, :24].repeat(1, 2, 1))
+
+
+def values_unbound_from_another_layer(x: Inputs) -> Tensor:
+    keys, values = torch.stack([x.kv_c, x.kv_c + 1]).unbind(0)
+    return attend(absorbed_scores(replace(x, kv_c=keys)).softmax(-1), x, values)
 
 
 def values_of_another_sequence(x: Inputs) -> Tensor:
@@ -360,6 +375,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (cache_of_expanded_heads, Reason.NO_LATENT),
     (grouped_query_cache, Reason.VALUE),
     (grouped_query_cache_of_keys_that_are_values, Reason.LAYOUT),
+    (grouped_query_cache_by_sdpa, Reason.VALUE),
     (cache_of_transposed_features, Reason.LAYOUT),
     (values_of_another_cache, Reason.VALUE),
     (values_of_another_function, Reason.VALUE),
@@ -369,6 +385,8 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (values_in_reverse_order, Reason.VALUE),
     (values_one_token_late, Reason.VALUE),
     (values_shifted_by_padding, Reason.VALUE),
+    (values_of_half_the_tokens_repeated, Reason.VALUE),
+    (values_unbound_from_another_layer, Reason.VALUE),
     (values_of_another_sequence, Reason.VALUE),
     (values_from_before_the_cache_write, Reason.VALUE),
     (score_squared, Reason.SCORE),

@@ -172,6 +172,30 @@ def expanded_bias_of_every_head(x: Inputs) -> Tensor:
     return (((q @ k.mT) * SCALE + bias).softmax(-1) @ v).transpose(1, 2)
 
 
+def expanded_keys_and_values_unbound(x: Inputs) -> Tensor:
+    """Rope dimensions are repeated side by side, then viewed as heads."""
+    B, Skv, _ = x.kv_c.shape
+    k, v = F.linear(x.kv_c, x.w).view(B, Skv, x.N, 2, x.P).permute(3, 0, 2, 1, 4).unbind(0)
+    k_pe = x.k_pe.repeat(1, 1, x.N).view(B, Skv, x.N, -1).transpose(1, 2)
+    q = torch.cat([x.q_nope, x.q_pe], -1).transpose(1, 2)
+    return ((q @ torch.cat([k, k_pe], -1).mT * SCALE).softmax(-1) @ v).transpose(1, 2)
+
+
+def expanded_for_groups_of_heads(x: Inputs, width: int = 24) -> Tensor:
+    """Fewer key heads than query heads: grouped-query attention over a latent cache."""
+    B, Skv, _ = x.kv_c.shape
+    k, v = F.linear(x.kv_c, x.w[:64]).view(B, Skv, 2, 32).transpose(1, 2).split([16, 16], -1)
+    k = torch.cat([k, x.k_pe[:, None].expand(-1, 2, -1, -1)], -1)[..., :width]
+    q = torch.cat([x.q_nope, x.q_pe], -1).transpose(1, 2)[..., :width]
+    out = F.scaled_dot_product_attention(q, k, v, x.keep, scale=SCALE, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def expanded_for_groups_of_heads_without_rope(x: Inputs) -> Tensor:
+    """Keys as wide as values: on a CPU the call stays fused."""
+    return expanded_for_groups_of_heads(x, 16)
+
+
 def expanded_from_slices_of_a_fused_cache(x: Inputs) -> Tensor:
     """A linear of a strided slice becomes a bmm with a weight of stride zero."""
     return expanded_eager(replace(x, kv_c=x.fused[..., :32], k_pe=x.fused[..., 32:]))
