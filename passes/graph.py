@@ -17,6 +17,7 @@ from sympy.polys.polyerrors import BasePolynomialError
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils._sympy.functions import FloorDiv
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -111,14 +112,20 @@ def expression(n: Size) -> Any:
 
 
 def plain(n: Size) -> Size:
-    """A symbolic integer without symbols as an int."""
-    if isinstance(n, torch.SymInt) and n.node.expr.is_number:
-        return int(n.node.expr)
-    return n
+    """A symbolic integer without symbols as an int; s²//s, which PyTorch keeps, as s."""
+    if not isinstance(n, torch.SymInt):
+        return n
+    size = n.node.expr
+    if size.has(FloorDiv):
+        size = size.replace(FloorDiv, lambda a, b: a / b if (a / b).is_integer else FloorDiv(a, b))
+    if size.is_number:
+        return int(size)
+    same = size is n.node.expr
+    return n if same else n.node.shape_env.create_symintnode(size, hint=n.node.hint)
 
 
 def shape(node: Node) -> tuple[Size, ...]:
-    return tuple(node.meta["val"].shape)
+    return tuple(map(plain, node.meta["val"].shape))
 
 
 def dtype(node: Node) -> torch.dtype:

@@ -456,6 +456,30 @@ def test_symbolic_heads_and_features_are_left_alone() -> None:
 
 
 @torch.no_grad()
+def test_sequences_and_queries_may_be_one_symbol() -> None:
+    """Equal sizes are one symbol s, a view of s times s rows has s²//s of them."""
+
+    class Decode(torch.nn.Module):
+        def __init__(self, x: Inputs) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(x.w)
+            self.q_proj = torch.nn.Linear(64, 96)
+
+        def forward(self, hidden: Tensor, kv_c: Tensor) -> Tensor:
+            B, Sq, _ = hidden.shape
+            q_nope, q_pe = self.q_proj(hidden).view(B, Sq, 4, 24).split([16, 8], -1)
+            own = replace(x, w=self.w, q_nope=q_nope, q_pe=q_pe, kv_c=kv_c)
+            return causal(float("-inf"))(own)
+
+    x = inputs(B=2)
+    model, hidden = Decode(x), torch.randn(2, 2, 64)
+    compiled = Compiled(model, dynamic=True)
+    torch.testing.assert_close(compiled(hidden, x.kv_c), model(hidden, x.kv_c))
+    assert compiled.misses == []
+    assert compiled.count(OP) == 1
+
+
+@torch.no_grad()
 def test_a_router_is_no_attention() -> None:
     def route(x: Inputs) -> Tensor:
         weights, chosen = x.kv_c.softmax(-1).topk(4)
