@@ -46,6 +46,7 @@ from mla_compile.passes.paging import find_paging
 from mla_compile.passes.score import (
     cached,
     check_masks,
+    is_constant,
     split_keys,
     split_masks,
     split_score,
@@ -137,7 +138,7 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         raise Refusal(Reason.PREFILL, "there are no queries or no cached tokens")
     labels = (Label(f"x{d}", n) for d, n in enumerate(shape(root)))
     index, evaluator, terms = refining(squeeze(root, tuple(map(whole, labels))), read)
-    softmax, value = split_value(terms, attention)
+    softmax, value, _ = split_value(terms, attention)
     of_cache = list(cache_leaves((value, *softmax.score), softmax))
     shared = frozenset(softmax.rows).difference(*(leaf.labels for leaf in of_cache))
     try:
@@ -179,11 +180,12 @@ def described(
     attention: Attention, index: Index, terms: list[Term], shared: frozenset[Label]
 ) -> MLASite:
     """The one structural rule."""
-    softmax, value = split_value(terms, attention)
+    softmax, value, biases = split_value(terms, attention)
     score, logit_cap = uncapped(softmax.score)
     batch = tuple(x for x in softmax.rows if x not in shared)
     around = frozenset(batch + softmax.time)
-    scores, masks = split_score(score, softmax, around)
+    shiftable = not (logit_cap or attention.lse)
+    scores, masks = split_score(score, softmax, around, shiftable)
     check_masks(masks)
     kv_c = cached(value, softmax)
     latent, rope, feature = split_keys(scores, kv_c, around, attention.root)
@@ -206,6 +208,7 @@ def described(
         rope=rope,
         value_feature=feature,
         weights=weights,
+        biases=biases,
         value_scale=value.scale,
         value_scalars=value.scalars,
         masks=masks,
@@ -221,13 +224,26 @@ def described(
     return found
 
 
-def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term]:
+def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term, tuple[Leaf, ...]]:
+    """The softmax, the term of the values, and biases: what is added to the value of every token.
+
+    A row's probabilities sum up to one, so that biases are added to the output as they are.
+    """
     softmaxes = [f for t in terms for f in t.factors if isinstance(f, Softmax)]
-    if len(terms) != 1 or len(softmaxes) != 1:
+    time = tuple(x for softmax in set(softmaxes) for x in softmax.time)
+    biases = {
+        t: leaf
+        for t in terms
+        for leaf in t.factors
+        if t.summed == {*time} and len(t.factors) == 2 and is_constant(leaf, time)
+    }
+    values = [t for t in terms if t not in biases]
+    alike = len({(t.scale, t.scalars) for t in terms}) == len(set(softmaxes)) == len(values) == 1
+    if not alike or len(softmaxes) != len(terms):
         counts = f"{len(terms)} terms with {len(softmaxes)} softmaxes in all"
         detail = f"the output is a sum of {counts}, not one and one"
         raise Refusal(Reason.SOFTMAX, detail, attention.root)
-    return softmaxes[0], terms[0]
+    return softmaxes[0], values[0], tuple(biases.values())
 
 
 def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:

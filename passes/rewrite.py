@@ -153,7 +153,7 @@ class Emitter:
             mask_fill=None if mask_fill == -inf else mask_fill,
             logit_cap=site.logit_cap,
         )
-        return self.output(out, site), *(self.lse(lse, node, site) for node in site.lse)
+        return self.output(out, lse, site), *(self.lse(lse, node, site) for node in site.lse)
 
     def query(self, term: ScoreTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
         """[T, N, width]: the product of the queries and, where the keys are expanded, W_UK."""
@@ -229,11 +229,15 @@ class Emitter:
         value = reshape(lse, [x.size for x in rows]), rows
         return like(node, arrange(value, [(x,) for x in site.rows]))
 
-    def output(self, out: Tensor, site: MLASite) -> Tensor:
+    def output(self, out: Tensor, lse: Tensor, site: MLASite) -> Tensor:
         """From [T, N, Lkv] to the root's shape and type, through W_UV where there is one."""
-        labels = (*site.batch, *site.queries, *site.heads, site.value_feature)
-        latent = reshape(out, [x.size for x in labels]), labels
-        result = product([latent, *map(self.spread, site.weights)], [(x,) for x in site.out])
+        rows = (*site.batch, *site.queries, *site.heads)
+        sizes, groups = [x.size for x in rows], [(x,) for x in site.out]
+        latent = reshape(out, [*sizes, site.value_feature.size]), (*rows, site.value_feature)
+        result = product([latent, *map(self.spread, site.weights)], groups)
+        for bias in site.biases:  # a row that sees nothing stays zero
+            seen = arrange((reshape(lse > -inf, sizes), rows), groups)
+            result = result + arrange(self.spread(bias), groups) * seen
         return like(site.root, self.scaled(result, site.value_scale, site.value_scalars))
 
     def scaled(self, tensor: Tensor, scale: float, scalars: tuple[Scalar, ...]) -> Tensor:

@@ -35,7 +35,7 @@ from mla_compile.passes.indexing import (
     relabel,
     settle,
 )
-from mla_compile.passes.normal_form import ABSORBING, SCALINGS, Capped, Softmax, Term
+from mla_compile.passes.normal_form import ABSORBING, SCALINGS, Capped, Factor, Softmax, Term
 from mla_compile.passes.site import Lengths, Mask, Reason, Refusal, ScoreTerm, span
 
 NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
@@ -73,17 +73,25 @@ def uncapped(score: tuple[Term, ...]) -> tuple[tuple[Term, ...], float]:
     return (*inner, *(t for t in score if t is not term)), term.scale
 
 
+def is_constant(factor: Factor, time: Group) -> bool:
+    """The same for every cached token."""
+    return isinstance(factor, Leaf) and not factor.labels & frozenset(time)
+
+
 def split_score(
-    score: tuple[Term, ...], softmax: Softmax, around: frozenset[Label]
+    score: tuple[Term, ...], softmax: Softmax, around: frozenset[Label], shiftable: bool
 ) -> tuple[list[ScoreTerm], tuple[Mask, ...]]:
     """The contractions with the cache, and what is added to them or put in their place.
 
-    A row of a cache has a feature, beside the labels `around` it.
+    A row of a cache has a feature, beside the labels `around` it.  Queries times the bias of the
+    keys shift all scores of a row, which no softmax sees, but for those that a mask fills.
     """
-    contractions, masks = [], []
+    contractions, masks, shifts = [], [], []
     for term in score:
         factor = term.factors[0]
-        if term.summed:
+        if term.summed and all(is_constant(f, softmax.time) for f in term.factors):
+            shifts.append(term)
+        elif term.summed:
             contractions.append(score_term(term, cached(term, softmax), around))
         elif term.scalars or len(term.factors) != 1 or not isinstance(factor, (Mask, Leaf)):
             raise Refusal(Reason.MASK, f"a mask is a product: {term.factors}")
@@ -91,6 +99,10 @@ def split_score(
             masks.append(replace(factor, fill=factor.fill * term.scale))
         else:
             masks.append(Mask(factor, scale=term.scale))
+    filled = any(m.fill is not None and m.fill > ABSORBING for m in masks)
+    if shifts and (filled or not shiftable):
+        detail = "a bias of the keys does not shift a soft cap, a finite fill or the lse"
+        raise Refusal(Reason.SCORE, detail)
     if not contractions:
         leaf = score[0].factors[0]
         node = leaf.node if isinstance(leaf, Leaf) else None

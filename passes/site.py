@@ -159,8 +159,8 @@ class MLASite:
     """MLA attention in normal form.  The emitter needs nothing else of the graph.
 
     out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · kv_c, times
-    `weights` (W_UV), the scores under `logit_cap` if that is not 0.  `rows` are batch, queries and
-    heads in the graph's order.
+    `weights` (W_UV), plus `biases`, the scores under `logit_cap` if that is not 0.  `rows` are
+    batch, queries and heads in the graph's order.
     """
 
     softmax: Node
@@ -175,6 +175,7 @@ class MLASite:
     rope: ScoreTerm | None
     value_feature: Label
     weights: tuple[Leaf, ...]
+    biases: tuple[Leaf, ...]
     value_scale: float
     value_scalars: tuple[Scalar, ...]
     masks: tuple[Mask, ...]

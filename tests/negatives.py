@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mla_compile.passes.site import Reason
 from tests.spellings import SCALE, Inputs, absorbed_scores, expand
+from tests.spellings.expanded import biased
 
 
 def attend(p: Tensor, x: Inputs, values: Tensor | None = None) -> Tensor:
@@ -240,6 +241,33 @@ def biased_expansion(x: Inputs) -> Tensor:
     return ((q @ k.mT) * SCALE).softmax(-1) @ (v + x.kv_c[:, :1, None, :16].transpose(1, 2))
 
 
+def biased_keys_under_a_soft_cap(x: Inputs) -> Tensor:
+    q, k, v = biased(x)
+    return ((q @ k.mT * SCALE).tanh() * 5).softmax(-1) @ v
+
+
+def biased_keys_beside_a_finite_fill(x: Inputs) -> Tensor:
+    q, k, v = biased(x)
+    return (q @ k.mT * SCALE).masked_fill(~x.keep, -5.0).softmax(-1) @ v
+
+
+def biased_keys_in_the_lse(x: Inputs) -> tuple[Tensor, Tensor]:
+    q, k, v = biased(x)
+    s = q @ k.mT * SCALE
+    return s.softmax(-1) @ v, s.logsumexp(-1)
+
+
+def biased_values_weighed_by_less_than_one(x: Inputs) -> Tensor:
+    q, k, v = biased(x)
+    return (q @ k.mT * SCALE).softmax(-1) * x.keep @ v
+
+
+def bias_scaled_apart_from_the_values(x: Inputs) -> Tensor:
+    B, Skv, _ = x.kv_c.shape
+    v = torch.addmm(x.w[:16, 0], x.kv_c.flatten(0, 1), x.w[:16].mT, beta=0.5).view(B, Skv, 16)
+    return attend(absorbed_scores(x).softmax(-1), x, v)
+
+
 def quantised_latent(x: Inputs) -> Tensor:
     return attend(
         absorbed_scores(x).softmax(-1), x, x.kv_c.mul(8).round().to(torch.int8).float() / 8
@@ -429,6 +457,11 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (positions_between_latent_and_keys, Reason.BETWEEN),
     (nonlinear_expansion, Reason.BETWEEN),
     (biased_expansion, Reason.BETWEEN),
+    (biased_keys_under_a_soft_cap, Reason.SCORE),
+    (biased_keys_beside_a_finite_fill, Reason.SCORE),
+    (biased_keys_in_the_lse, Reason.SCORE),
+    (biased_values_weighed_by_less_than_one, Reason.SOFTMAX),
+    (bias_scaled_apart_from_the_values, Reason.SOFTMAX),
     (quantised_latent, Reason.VALUE),
     (output_wider_than_the_cache, Reason.DTYPE),
     (scale_of_every_query, Reason.SCALE),

@@ -34,6 +34,7 @@ from tests.spellings.absorbed import (
     deepseek_absorbed,
 )
 from tests.spellings.expanded import (
+    biased,
     expanded_after_a_cache_append,
     expanded_rope_repeated,
     expanded_sdpa_length_mask,
@@ -423,6 +424,22 @@ def test_a_fused_call_whose_finite_mask_hides_all_tokens_averages_over_them(low:
     torch.testing.assert_close(compiled(x), decode(x))
     assert compiled.count(OP) == 1
     assert all(site.softmax.target in FUSED_ATTENTION for site in compiled.sites)
+
+
+@torch.no_grad()
+def test_a_row_that_sees_nothing_has_no_bias() -> None:
+    """Nor has it in PyTorch, where sdpa zeroes the probabilities."""
+
+    def decode(x: Inputs) -> Tensor:
+        q, k, v = biased(x)
+        mask = x.visible[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE)
+
+    x = inputs()
+    x.lens[0] = 0
+    compiled = Compiled(decode)
+    torch.testing.assert_close(compiled(x), decode(x))
+    assert compiled.count(OP) == 1
 
 
 @torch.no_grad()

@@ -196,6 +196,32 @@ def expanded_for_groups_of_heads_without_rope(x: Inputs) -> Tensor:
     return expanded_for_groups_of_heads(x, 16)
 
 
+def biased(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of an nn.Linear as it is by default: kv_b_proj has a bias."""
+    B, Skv, _ = x.kv_c.shape
+    kv = F.linear(x.kv_c, x.w, x.w.sum(1)).view(B, Skv, x.N, -1).transpose(1, 2)
+    k = torch.cat([kv[..., : x.P], x.k_pe[:, None].expand(-1, x.N, -1, -1)], -1)
+    return torch.cat([x.q_nope, x.q_pe], -1).transpose(1, 2), k, kv[..., x.P :]
+
+
+def expanded_with_biases(x: Inputs) -> Tensor:
+    q, k, v = biased(x)
+    s = (q @ k.mT * SCALE).masked_fill(~x.keep, float("-inf"))
+    return (s.softmax(-1) @ v).transpose(1, 2)
+
+
+def expanded_with_biases_by_sdpa(x: Inputs) -> Tensor:
+    q, k, v = biased(x)
+    mask = x.bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v / 2, mask, scale=SCALE).transpose(1, 2)
+
+
+def expanded_with_biases_and_divided_late(x: Inputs) -> Tensor:
+    q, k, v = biased(x)
+    e = wide(q @ k.mT * SCALE).exp()
+    return (e.to(v.dtype) @ v / e.sum(-1, keepdim=True)).to(v.dtype).transpose(1, 2)
+
+
 def expanded_from_slices_of_a_fused_cache(x: Inputs) -> Tensor:
     """A linear of a strided slice becomes a bmm with a weight of stride zero."""
     return expanded_eager(replace(x, kv_c=x.fused[..., :32], k_pe=x.fused[..., 32:]))
