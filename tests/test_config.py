@@ -198,19 +198,49 @@ def test_num_splits_on_an_h200(programs: int, context: int, least: int, most: in
 
 
 @pytest.mark.parametrize(
-    ("heads", "B", "context", "fastest"),
+    ("heads", "B", "context", "fast"),
     [
-        *((128, *seen) for seen in ((1, 512, 8), (1, 4096, 32), (1, 8192, 32), (1, 32768, 64))),
-        *((32, *seen) for seen in ((1, 512, 8), (1, 4096, 64), (1, 8192, 64), (4, 1024, 16))),
-        *((heads, 2, 4096, splits) for heads, splits in ((128, 16), (32, 32))),
+        (128, 1, 512, {8}),
+        (128, 1, 2048, {16, 32}),
+        (128, 1, 4096, {32}),
+        (128, 1, 8192, {32, 43}),
+        (128, 1, 16384, {43, 52, 64}),
+        (128, 1, 32768, {57, 64}),
+        (128, 2, 4096, {13, 16, 22}),
+        (128, 2, 8192, {22, 26, 32}),
+        (128, 4, 2048, {11, 16}),
+        (128, 4, 4096, {13, 16}),
+        (64, 1, 4096, {32, 64}),
+        (64, 1, 8192, {43, 64}),
+        (64, 1, 16384, {64}),
+        (64, 2, 4096, {32}),
+        (64, 2, 8192, {32, 43}),
+        (64, 4, 4096, {13, 16, 22}),
+        (32, 1, 512, {8}),
+        (32, 1, 4096, {32, 64}),
+        (32, 1, 8192, {43, 64}),
+        (32, 1, 16384, {52, 64, 86}),
+        (32, 1, 32768, {64, 86, 103}),
+        (32, 2, 4096, {32}),
+        (32, 4, 1024, {16}),
+        (32, 4, 4096, {16, 22}),
+        (16, 1, 4096, {32, 64}),
+        (16, 1, 8192, {43, 64}),
+        (16, 1, 16384, {64, 86}),
+        (16, 1, 32768, {86, 103}),
+        (16, 2, 4096, {22, 32}),
+        (16, 2, 8192, {32, 43}),
+        (16, 4, 2048, {11, 16}),
+        (16, 4, 4096, {13, 16, 22}),
     ],
 )
-def test_num_splits_of_hoppers_kernel_are_the_fastest_seen(
-    heads: int, B: int, context: int, fastest: int
+def test_splits_of_hoppers_kernel_are_within_4_percent_of_the_fastest_seen(
+    heads: int, B: int, context: int, fast: set[int]
 ) -> None:
     config = GLUON["sm90"][0]
-    programs, combine = B * -(-heads // config.block_m), combine_of(config, heads)
-    assert num_splits(programs, context // 64, H200, combine=combine) == fastest
+    programs = B * -(-heads // config.block_m)
+    rates = (config.stream, combine_of(config, heads), config.late, config.again)
+    assert num_splits(programs, context // 64, H200, *rates) in fast
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ class Config:
     per_unit: int = 1  # programs a compute unit holds at once
     stream: float = 0.0  # tile-times in which HBM delivers a tile, to all units together
     combine: float = 1 / 60  # tile-times of a full block's partials, written and read back
+    late: float = 0.0  # of it at least, where stage 1 leaves hardly a unit for it to wait on
+    again: float = 0.0  # of it for each 64 parts of a row after the first
     persistent: bool = False  # as many programs as units, each taking one item after another
     # Tiles of a program from which on a `schedule` saves more than it costs; None: there is none.
     even_from: int | None = None
@@ -158,7 +160,11 @@ GLUON: dict[str, tuple[Config, ...]] = {
             num_warps=4,
             kernel="sm90",
             # 561-632 TF/s with a cold L2 where the portable kernel has 222-253.
-            combine=1 / 21,  # 2 sequences of 4096: 22 µs in 16 splits each, 25 in 32
+            # 2 sequences of 4096: 22 µs in 16 splits each, 23 in 32; of 16 heads 15.6 in 32, 17.3
+            # in 64. 1 of 8192 and 16 heads 15.8 in 64, 19.6 in 128.
+            combine=1 / 26,
+            late=3,
+            again=2,
             persistent=True,
             early=True,
             tiled=True,
@@ -303,19 +309,27 @@ COMBINE = 1.0  # launch of the second kernel
 
 @lru_cache(maxsize=4096)
 def num_splits(
-    programs: int, tiles: int, units: int, stream: float = 0.0, combine: float = 1 / 60
+    programs: int,
+    tiles: int,
+    units: int,
+    stream: float = 0.0,
+    combine: float = 1 / 60,
+    late: float = 0.0,
+    again: float = 0.0,
 ) -> int:
     """KV splits for `programs` = B × row blocks of `tiles` tiles each, `units` of them at a time.
 
     The fewest splits that minimise the waves of programs times what each program does, or what
-    HBM needs to deliver the tiles. `stream` and `combine` as in Config.
+    HBM needs to deliver the tiles. The rates are Config's.
     """
     best, best_cost = 1, float("inf")
     for splits in range(1, max(1, min(tiles, MAX_SPLITS // 2)) + 1):
         waves = -(-programs * splits // units)
         cost = max(waves * (-(-tiles // splits) + PROLOGUE), programs * tiles * stream)
         if splits > 1:
-            cost += COMBINE + combine * programs * splits
+            busy = programs * splits > 0.9 * units
+            cost += COMBINE + max(combine * programs * splits, late * busy)
+            cost += again * ((splits - 1) // 64)
         if cost < best_cost * (1 - 1e-9):
             best, best_cost = splits, cost
     return best

@@ -197,7 +197,8 @@ def make_plan(
         if secret and call.mask is None and evenly(config, programs, tiles, at_once):
             return _evenly(call, config, out_strides, workspace, at_once)
         combine = combine_of(config, dims.Sq * dims.N)
-        splits = num_splits(programs, tiles, at_once, config.stream, combine)
+        rates = (config.stream, combine, config.late, config.again)
+        splits = num_splits(programs, tiles, at_once, *rates)
     items = row_blocks * splits * dims.B
     programs = min(items, units) if config.persistent and call.mask is None else items
     if splits == 1:

@@ -25,10 +25,11 @@ def gather_layout():
 
 
 @gluon.jit
-def copy_rows(tile, rows, LAYOUT: gl.constexpr):
-    """From pointers to rows."""
+def copy_rows(tile, rows, LAYOUT: gl.constexpr, real=None):
+    """From pointers to rows; those that are not `real` become zero."""
     cols = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    copy(tile, rows[:, None] + cols[None, :])
+    mask = None if real is None else real[:, None]
+    copy(tile, rows[:, None] + cols[None, :], mask=mask)
 
 
 @gluon.jit
@@ -55,10 +56,10 @@ def _again(entries, start, hi, PAGE_SIZE, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr):
+def fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr, real=None):
     s, phase = turn(g, LEFT)
     mbarrier.wait(left_empty.index(s), phase ^ 1)
-    copy_rows(left.index(s), rows, LAYOUT)
+    copy_rows(left.index(s), rows, LAYOUT, real)
     async_copy.mbarrier_arrive(left_full.index(s), increment_count=False)
 
 
@@ -72,9 +73,10 @@ def gather(work, CALL, caches, strides, mask, tiles, full, empty, ALIKE: gl.cons
     kv_c_ptr, k_pe_ptr, table_ptr = caches
     stride_cp, stride_cs, stride_kp, stride_ks, stride_table = strides
     left, right, last, rope = tiles
-    # In elements, 8 at a time. A second set of pointers does not fit into 24 registers.
+    # In elements, 8 at a time. A second set of pointers does not fit into 32 registers.
     apart = (k_pe_ptr.to(gl.int64) - kv_c_ptr.to(gl.int64)) // 16 * 8
     g = 0
+    items = 0  # each has a query in the ring, before its keys
     key_begin = work[4]
     for i in range(begin, stop, step):
         _, keys = item(i, key_begin, work, CALL)
@@ -85,9 +87,10 @@ def gather(work, CALL, caches, strides, mask, tiles, full, empty, ALIKE: gl.cons
             table += b * stride_table if lengths[0] is None else entry
         if lo < hi:
             at = _look_up(table, lo, hi, mask, PAGE_SIZE, MODE, C)
+            items += 1
             entries = at[1]
             rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
-            _fetch_left(rows, left, full[0], empty[0], g, C)
+            fetch_left(rows, left, full[0], empty[0], g + items, C)
             for start in range(lo, hi, KEYS):
                 s, phase = turn(g, RIGHT)
                 then = start + KEYS
@@ -109,4 +112,4 @@ def gather(work, CALL, caches, strides, mask, tiles, full, empty, ALIKE: gl.cons
                 rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
                 g += 1
                 if then < hi:
-                    _fetch_left(rows, left, full[0], empty[0], g, C)
+                    fetch_left(rows, left, full[0], empty[0], g + items, C)

@@ -34,19 +34,23 @@ def _at(index, values, b):
 
 
 @gluon.jit
-def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS, BLOCK_B, LANES):
+def count_tiles(lengths, num_sequences, PAGE_SIZE, KEYS, BLOCK_B, LANES: gl.constexpr):
+    """Of each sequence, [BLOCK_B], all in each warp; loaded long before `share` waits for them."""
+    ALL: gl.constexpr = gl.BlockedLayout([BLOCK_B // LANES], [LANES], [gl.num_warps()], [0])
+    index = gl.arange(0, BLOCK_B, layout=ALL)
+    length, _ = cdna.key_count(gl.minimum(index, num_sequences - 1), lengths, PAGE_SIZE)
+    return gl.where(index < num_sequences, gl.cdiv(length, KEYS), 0)
+
+
+@gluon.jit
+def stretch(tiles, num_sequences, group, num_groups, cut_ptr, KEYS):
     """(first sequence, their end, step), (first key of the first, end key of the last).
 
     To `cut_ptr`, [num_groups, 3], goes what goes on from groups before: its sequence, the group in
     which it begins, and the number of its parts, 0 if there is none.
     """
-    ALL: gl.constexpr = gl.BlockedLayout(  # each warp has all
-        [BLOCK_B // LANES], [LANES], [gl.num_warps()], [0]
-    )
-    index = gl.arange(0, BLOCK_B, layout=ALL)
+    index = gl.arange(0, tiles.shape[0], layout=tiles.type.layout)
     real = index < num_sequences
-    length, _ = cdna.key_count(gl.minimum(index, num_sequences - 1), lengths, PAGE_SIZE)
-    tiles = gl.where(real, gl.cdiv(length, KEYS), 0)
     cost = gl.where(real, tiles + OVERHEAD, 0)
     share = gl.cdiv(gl.sum(cost, 0), num_groups)
     rounds = gl.cdiv(num_sequences, num_groups)
@@ -94,24 +98,12 @@ def stretch(lengths, num_sequences, group, num_groups, cut_ptr, PAGE_SIZE, KEYS,
 
 
 @gluon.jit
-def share(
-    pid, programs, lengths, num_sequences, part_ml_ptr, N, PAGE_SIZE, ROWS, KEYS, BLOCK_B, LANES
-):
+def share(tiles, pid, programs, max_seqlen_q, num_sequences, part_ml_ptr, N, ROWS, KEYS):
     """A program's items (first, end, step), and (first key of the first, end key of the last)."""
-    row_blocks = gl.cdiv(lengths[3] * N, ROWS)
+    row_blocks = gl.cdiv(max_seqlen_q * N, ROWS)
     group = pid // row_blocks
     cut_ptr = part_ml_ptr + programs * (4 * ROWS)
-    sequences, ends = stretch(
-        lengths,
-        num_sequences,
-        group,
-        programs // row_blocks,
-        cut_ptr,
-        PAGE_SIZE,
-        KEYS,
-        BLOCK_B,
-        LANES,
-    )
+    sequences, ends = stretch(tiles, num_sequences, group, programs // row_blocks, cut_ptr, KEYS)
     begin, stop, step = sequences
     return (begin * row_blocks + pid % row_blocks, stop * row_blocks, step * row_blocks), ends
 

@@ -71,18 +71,9 @@ def walk(ATTEND, queries, caches, lengths, outs, sums, sizes, sm_scale, CALL: gl
         cdna.store_out(out_ptr, out, block, strides, N, BLOCK_M, ORDERED)
         cdna.store_sums(lse_ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, ROW)
     else:
+        tiles = schedule.count_tiles(lengths, num_items, PAGE_SIZE, BLOCK_N, CALL[7], LANES)
         items, ends = schedule.share(
-            pid,
-            num_programs,
-            lengths,
-            num_items,
-            part_ml_ptr,
-            N,
-            PAGE_SIZE,
-            BLOCK_M,
-            BLOCK_N,
-            CALL[7],
-            LANES,
+            tiles, pid, num_programs, max_seqlen_q, num_items, part_ml_ptr, N, BLOCK_M, BLOCK_N
         )
         begin, stop, step = items
         begin, stop, step = cdna.uniform(begin), cdna.uniform(stop), cdna.uniform(step)
