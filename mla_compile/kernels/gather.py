@@ -1,12 +1,14 @@
-"""The warpgroup of `sm90` that copies keys from wherever their pages lie, a tile or two ahead."""
+"""What `sm90` copies: keys from wherever their pages lie, a tile or two ahead, by a warpgroup for
+that alone; a query by the warpgroup that scores.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 import mla_compile.kernels.cdna as cdna
-from mla_compile.kernels.hopper import KEYS, bias_of, item, turn
+from mla_compile.kernels.hopper import KEYS, ROWS, bias_of, item, turn
 
 # Triton 3.6 has it by its first name alone.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -56,11 +58,40 @@ def _again(entries, start, hi, PAGE_SIZE, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr, real=None):
+def _fetch_left(rows, left, left_full, left_empty, g, LAYOUT: gl.constexpr, real=None):
     s, phase = turn(g, LEFT)
     mbarrier.wait(left_empty.index(s), phase ^ 1)
     copy_rows(left.index(s), rows, LAYOUT, real)
     async_copy.mbarrier_arrive(left_full.index(s), increment_count=False)
+
+
+@gluon.jit
+def load_query(queries, strides, block, N, ring, g, S: gl.constexpr):
+    """The left half of q_nope in shared memory, the right half in registers: on its way there it
+    takes a turn in the ring of keys."""
+    Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    C: gl.constexpr = gather_layout()
+    q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem = queries
+    left, left_full, left_empty = ring
+    stride_qt, stride_qn, stride_pt, stride_pn = strides
+    token, head = cdna.rows_of(block, N, ROWS, gl.SliceLayout(1, C))
+    query = block[1] + token
+    head = head.to(gl.int64)
+    # Rows past the end stay zero: repeated, 128 CTAs would ask L2 for the same line.
+    real = None if N % ROWS == 0 else cdna.owned(block, N, ROWS, gl.SliceLayout(1, C))
+    rows = q_nope_ptr + (query * stride_qt + head * stride_qn)
+    _fetch_left(rows + HALF, left, left_full, left_empty, g, C, real)
+    copy_rows(q_smem, rows, C, real)
+    copy_rows(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C, real)
+    async_copy.commit_group()
+    s, phase = turn(g, LEFT)
+    mbarrier.wait(left_full.index(s), phase)
+    q_right = left.index(s).slice(0, PART, dim=1).load(Q)
+    q_last = left.index(s).slice(PART, PART, dim=1).load(Q)
+    mbarrier.arrive(left_empty.index(s), count=1)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    return q_right, q_last, q_pe_smem
 
 
 @gluon.jit
@@ -73,7 +104,7 @@ def gather(work, CALL, caches, strides, mask, tiles, full, empty, ALIKE: gl.cons
     kv_c_ptr, k_pe_ptr, table_ptr = caches
     stride_cp, stride_cs, stride_kp, stride_ks, stride_table = strides
     left, right, last, rope = tiles
-    # In elements, 8 at a time. A second set of pointers does not fit into 32 registers.
+    # In elements, 8 at a time: one set of pointers in registers serves both.
     apart = (k_pe_ptr.to(gl.int64) - kv_c_ptr.to(gl.int64)) // 16 * 8
     g = 0
     items = 0  # each has a query in the ring, before its keys
@@ -90,7 +121,7 @@ def gather(work, CALL, caches, strides, mask, tiles, full, empty, ALIKE: gl.cons
             items += 1
             entries = at[1]
             rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
-            fetch_left(rows, left, full[0], empty[0], g + items, C)
+            _fetch_left(rows, left, full[0], empty[0], g + items, C)
             for start in range(lo, hi, KEYS):
                 s, phase = turn(g, RIGHT)
                 then = start + KEYS
@@ -112,4 +143,4 @@ def gather(work, CALL, caches, strides, mask, tiles, full, empty, ALIKE: gl.cons
                 rows = cdna.keys_at(kv_c_ptr, at, b, stride_cp, stride_cs, PAGE_SIZE)
                 g += 1
                 if then < hi:
-                    fetch_left(rows, left, full[0], empty[0], g + items, C)
+                    _fetch_left(rows, left, full[0], empty[0], g + items, C)

@@ -19,7 +19,6 @@ No wgmma may be in flight where a loop begins again: ptxas would serialise every
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -32,16 +31,7 @@ import mla_compile.kernels.cdna as cdna
 import mla_compile.kernels.hopper as hopper
 import mla_compile.kernels.schedule as schedule
 from mla_compile.kernels.cdna import LKV, LOG2E, R
-from mla_compile.kernels.gather import (
-    HALF,
-    LEFT,
-    PART,
-    RIGHT,
-    copy_rows,
-    fetch_left,
-    gather,
-    gather_layout,
-)
+from mla_compile.kernels.gather import HALF, LEFT, PART, RIGHT, gather, load_query
 from mla_compile.kernels.hopper import KEYS, ROWS
 from mla_compile.kernels.split import HIDDEN
 
@@ -91,35 +81,6 @@ def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
 
 
 @gluon.jit
-def _load_query(queries, strides, block, N, ring, g, S: gl.constexpr):
-    """The left half of q_nope in shared memory, the right half in registers: on its way there it
-    takes a turn in the ring of keys."""
-    Q: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    C: gl.constexpr = gather_layout()
-    q_nope_ptr, q_pe_ptr, q_smem, q_pe_smem = queries
-    left, left_full, left_empty = ring
-    stride_qt, stride_qn, stride_pt, stride_pn = strides
-    token, head = cdna.rows_of(block, N, ROWS, gl.SliceLayout(1, C))
-    query = block[1] + token
-    head = head.to(gl.int64)
-    # Rows past the end stay zero: repeated, 128 CTAs would ask L2 for the same line.
-    real = None if N % ROWS == 0 else cdna.owned(block, N, ROWS, gl.SliceLayout(1, C))
-    rows = q_nope_ptr + (query * stride_qt + head * stride_qn)
-    fetch_left(rows + HALF, left, left_full, left_empty, g, C, real)
-    copy_rows(q_smem, rows, C, real)
-    copy_rows(q_pe_smem, q_pe_ptr + (query * stride_pt + head * stride_pn), C, real)
-    async_copy.commit_group()
-    s, phase = hopper.turn(g, LEFT)
-    mbarrier.wait(left_full.index(s), phase)
-    q_right = left.index(s).slice(0, PART, dim=1).load(Q)
-    q_last = left.index(s).slice(PART, PART, dim=1).load(Q)
-    mbarrier.arrive(left_empty.index(s), count=1)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    return q_right, q_last, q_pe_smem
-
-
-@gluon.jit
 def _scores(
     work, CALL, queries, strides, scale, mask, sums, tiles, full, left_empty, shared, SPLIT
 ):
@@ -145,7 +106,7 @@ def _scores(
         l_i = gl.zeros([ROWS], gl.float32, ROW)
         if lo < hi:
             ring = (tiles[0], full[0], left_empty)
-            q = _load_query(queries, strides, block, N, ring, g + turn, S)
+            q = load_query(queries, strides, block, N, ring, g + turn, S)
             turn += 1
             acc = gl.zeros([ROWS, KEYS], gl.float32, S)
             acc = _score_left(acc, q_smem, tiles[0], full[0], g + turn)
