@@ -188,14 +188,11 @@ def refining(index: Index, body: Callable[[Index], T]) -> T:
             index = substitute(index, refine.label, refine.split)
 
 
-def squeeze(node: Node, index: Index) -> Index:
-    """Drop what an index says about dimensions of size one: nothing."""
-    return tuple(() if e and equal(n, 1) else e for n, e in zip(shape(node), index, strict=True))
-
-
 def broadcast(node: Node, index: Index) -> Index:
     """The index at which `node` is read when it is broadcast to the rank of `index`."""
-    return squeeze(node, index[len(index) - len(shape(node)) :])
+    sizes = shape(node)
+    entries = index[len(index) - len(sizes) :]
+    return tuple(() if e and equal(n, 1) else e for n, e in zip(sizes, entries, strict=True))
 
 
 def outermost(entry: Entry) -> tuple[Digit, Size]:
@@ -399,12 +396,12 @@ def relabel(node: Node, index: Index) -> Read:
     Raises Refine or Segment when the answer is different for different parts of a label.
     """
     rule = _RULES.get(node.target)
-    return rule(node, squeeze(node, index)) if rule else None
+    return rule(node, broadcast(node, index)) if rule else None
 
 
 def settle(node: Node, index: Index) -> Leaf:
-    """Follow `node[index]` through views as far as no label needs to be split."""
-    index = squeeze(node, index)
+    """Follow `node[index]`, broadcast, through views as far as no label needs to be split."""
+    index = broadcast(node, index)
     try:
         read = relabel(node, index)
     except (Refine, Segment):

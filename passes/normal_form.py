@@ -46,7 +46,6 @@ from mla_compile.passes.indexing import (
     relabel,
     settle,
     split_at,
-    squeeze,
     whole,
 )
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
@@ -122,7 +121,7 @@ class Evaluator:
         self.addend = self.addends = 0  # which of the scores' is read, 0 for all that they are
 
     def evaluate(self, node: Node, index: Index, context: Context = Context.OPERAND) -> list[Term]:
-        index = squeeze(node, index)
+        index = broadcast(node, index)
         attention, leaf = self.attention, [Term((Leaf(node, index),))]
         if node is attention.node and attention.scores is not None:
             return [Term((self._softmax(index),))]
@@ -136,7 +135,7 @@ class Evaluator:
             return self.evaluate(source, index, context)
         if scaled := scaling(node):
             source, number, scalars = scaled
-            terms = self.evaluate(source, broadcast(source, index), context)
+            terms = self.evaluate(source, index, context)
             return [replace(t, scale=t.scale * number, scalars=t.scalars + scalars) for t in terms]
         if context is not Context.SCORE and self._stops(node, index):
             return leaf
@@ -147,7 +146,7 @@ class Evaluator:
         if node.target is aten.sum.dim_IntList:
             return self._reduction(node, index)
         if context is Context.PRODUCT and multiplies(node):
-            return self._product(*((x, broadcast(x, index)) for x in node.args))
+            return self._product(*((x, index) for x in node.args))
         if context is Context.SCORE:
             if node.target is aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
                 parts = [x for x in node.args if constant(x) != 0] or node.args
@@ -225,7 +224,7 @@ class Evaluator:
         if not added:
             return terms
         alpha, beta = float(argument(node, "alpha", 1)), float(argument(node, "beta", 1))
-        bias = self.evaluate(added[0], broadcast(added[0], index)) if beta else []
+        bias = self.evaluate(added[0], index) if beta else []
         factors = [(t, alpha) for t in terms] + [(t, beta) for t in bias]
         return [replace(t, scale=t.scale * factor) for t, factor in factors]
 
@@ -251,7 +250,7 @@ class Evaluator:
         """A part of the scores that others are added to."""
         self.addends += 1
         self.addend = self.addends
-        return self.evaluate(node, broadcast(node, index), Context.SCORE)
+        return self.evaluate(node, index, Context.SCORE)
 
     def _masked(self, node: Node, index: Index) -> list[Term] | None:
         """where(condition, scores, fill), or the additive mask where(condition, 0, fill).
@@ -265,10 +264,10 @@ class Evaluator:
             if fill is None:
                 continue
             absorbs = fill <= ABSORBING or (cudnn and fill == FUSED_FILL)
-            leaf = settle(condition, broadcast(condition, index))
+            leaf = settle(condition, index)
             mask = Term((Mask(leaf, keep, fill, addend=self.addend),))
             if constant(kept) is None and (absorbs or not self.addend):
-                return [*self.evaluate(kept, broadcast(kept, index), Context.SCORE), mask]
+                return [*self.evaluate(kept, index, Context.SCORE), mask]
             if constant(kept) == 0 and absorbs and self.addend:
                 return [mask]
         return None
@@ -288,8 +287,8 @@ class Evaluator:
     def _divided(self, node: Node, index: Index) -> list[Term]:
         """Weighed values over the sum of the weights, which has to be that of the same row."""
         weighed, total = node.args
-        terms = self.evaluate(weighed, broadcast(weighed, index))
-        leaf = settle(total, broadcast(total, index))
+        terms = self.evaluate(weighed, index)
+        leaf = settle(total, index)
         while leaf.node.target in CASTS:
             leaf = settle(leaf.node.args[0], leaf.index)
         rows = tuple(d.label for entry in leaf.index for d in entry if d.full)
@@ -348,7 +347,6 @@ class Evaluator:
         mask = argument(call, *names) if names else None
         if mask is None:
             return []
-        index = broadcast(mask, index)
         if dtype(mask) is torch.bool:
             return [Term((Mask(settle(mask, index), True, -inf),))]
 

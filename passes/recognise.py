@@ -36,9 +36,9 @@ from mla_compile.passes.indexing import (
     Leaf,
     Refine,
     Segment,
+    broadcast,
     every_label,
     refining,
-    squeeze,
     whole,
 )
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
@@ -137,7 +137,7 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
     if any(equal(n, 0) for n in (*shape(root), *shape(keys))):
         raise Refusal(Reason.PREFILL, "there are no queries or no cached tokens")
     labels = (Label(f"x{d}", n) for d, n in enumerate(shape(root)))
-    index, evaluator, terms = refining(squeeze(root, tuple(map(whole, labels))), read)
+    index, evaluator, terms = refining(broadcast(root, tuple(map(whole, labels))), read)
     softmax, value, _ = split_value(terms, attention)
     of_cache = list(cache_leaves((value, *softmax.score), softmax))
     shared = frozenset(softmax.rows).difference(*(leaf.labels for leaf in of_cache))

@@ -30,7 +30,6 @@ from mla_compile.passes.indexing import (
     Leaf,
     Refine,
     Segment,
-    broadcast,
     narrowed,
     relabel,
     settle,
@@ -169,7 +168,7 @@ def conjuncts(mask: Mask) -> Iterator[Mask]:
         yield mask
         return
     for x in node.args:
-        leaf = settle(x, broadcast(x, index))
+        leaf = settle(x, index)
         yield from conjuncts(replace(mask, leaf=leaf, keep=mask.keep != negated))
 
 
@@ -202,7 +201,7 @@ def affine(value: Any, index: Index, axes: tuple[Group, Group]) -> Affine | None
     if not is_tensor(value):
         number = value.meta["val"] if isinstance(value, Node) else value
         return Affine(0, 0, (), number) if isinstance(number, (int, torch.SymInt)) else None
-    leaf = settle(value, broadcast(value, index))
+    leaf = settle(value, index)
     node = leaf.node
     if dtype(node) not in INTEGERS:
         return None
