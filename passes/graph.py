@@ -5,7 +5,7 @@ Sizes may be symbolic; no answer adds a guard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
@@ -36,11 +36,13 @@ FUSED_ATTENTION = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-# Copies of all of one tensor, the same numbers in other dimensions, and either in another order.
+# Copies of all of one tensor, the same numbers in other dimensions, either in another order, and
+# any of these in another type.
 COPIES = frozenset({aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default})
 RESHAPES = frozenset(f.default for f in (aten.view, aten.unsqueeze, aten.squeeze))
 RESHAPES |= {aten.squeeze.dim, aten.squeeze.dims}
 RENAMES = COPIES | RESHAPES | {aten.expand.default, aten.permute.default}
+WHOLE = RENAMES | CASTS
 SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default})
 
 # What was asked of symbolic sizes before: PyTorch takes 40 µs to compare two.
@@ -140,8 +142,8 @@ def is_scalar_tensor(value: Any) -> bool:
     return is_tensor(value) and all(equal(n, 1) for n in shape(value))
 
 
-def same_shape(a: Node, b: Node) -> bool:
-    return len(shape(a)) == len(shape(b)) and all(map(equal, shape(a), shape(b)))
+def same_sizes(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(map(equal, a, b))
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
@@ -167,7 +169,7 @@ def constant(value: Any) -> float | None:
             number = constant(stored.item())
     elif value.target is aten.full.default:
         number = constant(value.args[1])
-    elif value.target in RENAMES | CASTS | {aten.scalar_tensor.default}:
+    elif value.target in WHOLE | {aten.scalar_tensor.default}:
         number = constant(value.args[0])
     else:
         return None
@@ -179,6 +181,6 @@ def constant(value: Any) -> float | None:
 
 def strip(node: Node) -> Node:
     """The tensor behind views of all of it and casts."""
-    while node.target in RENAMES | CASTS:
+    while node.target in WHOLE:
         node = node.args[0]
     return node

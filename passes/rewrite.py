@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import FLOATS, Size, dtype, equal, shape
+from mla_compile.passes.graph import FLOATS, Size, dtype, equal, same_sizes, shape
 from mla_compile.passes.indexing import Group, Label, Leaf
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
 
@@ -318,9 +318,7 @@ def product(factors: Sequence[Labelled], groups: Sequence[Group]) -> Tensor:
 
 def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
     """Without a view that changes nothing: each one costs time in every copy."""
-    if len(sizes) == tensor.dim() and all(map(equal, tensor.shape, sizes)):
-        return tensor
-    return tensor.reshape(sizes)
+    return tensor if same_sizes(tensor.shape, sizes) else tensor.reshape(sizes)
 
 
 def like(node: Node, tensor: Tensor) -> Tensor:

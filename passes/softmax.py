@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, prod
 
 from torch.fx import Graph, Node
 
@@ -21,6 +21,7 @@ from mla_compile.passes.graph import (
     FUSED_ATTENTION,
     RENAMES,
     RESHAPES,
+    WHOLE,
     aten,
     constant,
     dtype,
@@ -28,13 +29,13 @@ from mla_compile.passes.graph import (
     is_tensor,
     reached,
     readers,
-    same_shape,
+    same_sizes,
     shape,
 )
 from mla_compile.passes.site import Reason, Refusal
 
 # What probabilities stay probabilities through, up to a factor.
-CARRIERS = RENAMES | CASTS | {aten.mul.Tensor, aten.slice.Tensor}
+CARRIERS = WHOLE | {aten.mul.Tensor, aten.slice.Tensor}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +58,11 @@ class RowSum:
             if scores is original(self.exponential.args[0]):
                 yield log
             for add in log.users if self.shift and scores is original(self.scores) else ():
-                if add.target is not aten.add.Tensor or add.kwargs or not same_rows(add, log):
+                if add.target is not aten.add.Tensor or add.kwargs:
                     continue
                 other = add.args[1] if add.args[0] is log else add.args[0]
-                if is_tensor(other) and behind(other) is behind(self.shift):
+                ours = is_tensor(other) and in_order(other) is in_order(self.shift)
+                if ours and equal(prod(shape(add)), prod(shape(log))):
                     yield add
 
 
@@ -99,8 +101,13 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
     found = [Normalised(n) for n in graph.nodes if n.target in FUSED_ATTENTION]
     for row in sums:
         scores = unshifted(row.scores, row.axis)
-        numerators = ((user, e) for e in copies(row.exponential) for user in e.users)
-        divided = [user for user, e in numerators if divides_by(user, e, row.total, row.axis)]
+        divided = [
+            user
+            for e in reached(row.exponential, lambda n: filter(unchanged, n.users))
+            for user in e.users
+            if is_division(user) and user.args[0] is e
+            if per_row(user.args[1], e, row.axis) is row.total
+        ]
         nodes = (without_empty_rows(division, scores, row.axis) for division in divided)
         found += [Normalised(node, scores, row.axis, None, sums) for node in nodes]
         if not divided:
@@ -145,11 +152,6 @@ def unchanged(node: Node) -> bool:
     return node.target in COPIES or (node.target in CASTS and dtype(node) in FLOATS)
 
 
-def copies(node: Node) -> Iterator[Node]:
-    """The node, and its casts and copies."""
-    return reached(node, lambda n: [user for user in n.users if unchanged(user)])
-
-
 def original(node: Node) -> Node:
     """The node behind casts and copies."""
     while unchanged(node):
@@ -161,29 +163,17 @@ def per_row(node: Node, like: Node, axis: int) -> Node | None:
     """The node behind one that has an element for each row of `like`, and size 1 along the axis."""
     rows = [*shape(like)]
     rows[axis] = 1
-    if len(shape(node)) != len(rows) or not all(map(equal, shape(node), rows)):
-        return None
-    return behind(node)
+    return in_order(node) if same_sizes(shape(node), rows) else None
 
 
-def behind(node: Node) -> Node:
-    """The node behind casts and views that only add or remove dimensions of size one."""
-    while unchanged(node) or (node.target in RESHAPES and same_rows(node, node.args[0])):
+def in_order(node: Node) -> Node:
+    """The node behind casts and reshapes, the same numbers in the same order.
+
+    Where the sizes at both ends agree, each number is in its place.
+    """
+    while unchanged(node) or node.target in RESHAPES:
         node = node.args[0]
     return node
-
-
-def same_rows(a: Node, b: Node) -> bool:
-    """Equal shapes but for dimensions of size one."""
-    left, right = ([n for n in shape(x) if not equal(n, 1)] for x in (a, b))
-    return len(left) == len(right) and all(map(equal, left, right))
-
-
-def divides_by(division: Node, numerator: Node, total: Node, axis: int) -> bool:
-    """division = numerator / total, row by row."""
-    if not is_division(division) or division.args[0] is not numerator:
-        return False
-    return per_row(division.args[1], numerator, axis) is total
 
 
 def without_empty_rows(probabilities: Node, scores: Node, axis: int) -> Node:
@@ -214,8 +204,8 @@ def is_attention(softmax: Normalised) -> bool:
     """
 
     def made(node: Node) -> list[Node]:
-        same = [u for u in node.users if is_tensor(u) and not sums(u) and same_shape(u, node)]
-        return same + [u for u in node.users if u.target in CARRIERS]
+        users = [u for u in node.users if is_tensor(u) and not sums(u)]
+        return [u for u in users if u.target in CARRIERS or same_sizes(shape(u), shape(node))]
 
     def sums(node: Node) -> bool:
         return node.target is aten.sum.dim_IntList
@@ -234,8 +224,10 @@ def has_queries(softmax: Normalised) -> bool:
     """
 
     def joined(node: Node) -> list[Node]:
-        whole = node.target in RENAMES or node.target is aten.cat.default
-        return [x for x in node.all_input_nodes if is_tensor(x) and (whole or same_shape(x, node))]
+        inputs = [x for x in node.all_input_nodes if is_tensor(x)]
+        if node.target in RENAMES or node.target is aten.cat.default:
+            return inputs
+        return [x for x in inputs if same_sizes(shape(x), shape(node))]
 
     def contracts(node: Node) -> bool:
         summed = node.target is aten.sum.dim_IntList and node.args[0].target is aten.mul.Tensor
@@ -282,17 +274,14 @@ def cropped(attention: Attention) -> Attention | None:
 def only_reader(node: Node, others: Collection[object]) -> Node | None:
     """The one reader of a node, if that is a view of all of it, a cast or one of `others`."""
     users = readers(node)
-    return users[0] if len(users) == 1 and users[0].target in RENAMES | CASTS | others else None
+    return users[0] if len(users) == 1 and users[0].target in WHOLE | others else None
 
 
 def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
     """The one contraction that the weights end in, and the way to it; their sums do not count."""
-    node, path, beside = softmax.node, {softmax.node}, set()
-    for row in softmax.sums if softmax.total is not None else ():
-        summed = row.total
-        while row.exponential is node is not summed:
-            beside.add(summed)
-            summed = summed.args[0]
+    node, path = softmax.node, {softmax.node}
+    sums = [x.total for x in softmax.sums if softmax.total is not None and x.exponential is node]
+    beside = {x for total in sums for x in reached(total, lambda n: {*n.args[:1]} - {softmax.node})}
     while True:
         users = [u for u in readers(node) if u not in beside]
         if len(users) != 1:
@@ -321,7 +310,7 @@ def is_division(node: Node) -> bool:
 
 def is_random(node: Node) -> bool:
     """A random tensor, or a comparison or cast of one: a dropout mask."""
-    while node.target in RENAMES | CASTS | {aten.gt.Scalar, aten.lt.Scalar, aten.div.Tensor}:
+    while node.target in WHOLE | {aten.gt.Scalar, aten.lt.Scalar, aten.div.Tensor}:
         node = node.args[0]
     return any(word in str(node.target) for word in ("rand", "bernoulli", "dropout"))
 
