@@ -23,7 +23,7 @@ from mla_compile.kernels.config import KEY_MASK
 from mla_compile.page import Section, html
 from mla_compile.passes.graph import strip
 from mla_compile.passes.inductor import MLAPass, Verdict
-from mla_compile.passes.site import Miss, MLASite, Reason, ScoreTerm, source_line
+from mla_compile.passes.site import CacheTerm, Miss, MLASite, Reason, source_line
 from mla_compile.passes.softmax import find_softmaxes, is_attention
 from mla_compile.picture import Op, between, snapshot, svg
 from mla_compile.saving import saving
@@ -245,7 +245,7 @@ def module_path(node: Node) -> str:
 def rewritten(
     site: MLASite, before: dict[str, Op], after: dict[str, Op], new: list[Op]
 ) -> Rewritten:
-    def cache(name: str, term: ScoreTerm) -> str:
+    def cache(name: str, term: CacheTerm) -> str:
         value = term.key.node.meta["val"]
         return f"{name} in {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
@@ -303,9 +303,9 @@ def kernel(site: MLASite) -> str:
 def roles(site: MLASite) -> dict[str, str]:
     """What the nodes that an attention is made of are to it, by their names."""
     parts = [
-        *(("W_UK" if site.latent.feature in q.labels else "query", q) for q in site.latent.query),
-        *(("query", leaf) for leaf in (site.rope.query if site.rope else ())),
-        *(("W_UV", leaf) for leaf in site.weights),
+        *(("W_UK" if site.latent.feature in q.labels else "query", q) for q in site.latent.factors),
+        *(("query", leaf) for leaf in (site.rope.factors if site.rope else ())),
+        *(("W_UV", leaf) for leaf in site.values.factors),
         *(("mask", mask.leaf) for mask in site.masks),
         *(("lengths", leaf) for leaf in (site.lengths.terms if site.lengths else ())),
         ("kv_c", site.latent.key),

@@ -17,11 +17,11 @@ from mla_compile.passes.indexing import (
     substitute,
     whole,
 )
-from mla_compile.passes.site import Mask, Paging, ScoreTerm
+from mla_compile.passes.site import CacheTerm, Mask, Paging
 
 
 def find_paging(
-    latent: ScoreTerm, rope: ScoreTerm | None, batch: Group, time: Group, masks: tuple[Mask, ...]
+    latent: CacheTerm, rope: CacheTerm | None, batch: Group, time: Group, masks: tuple[Mask, ...]
 ) -> Paging | None:
     """How the caches are paged; None if they are not, or not both by the same table."""
     keys = [term.key for term in (latent, rope) if term]

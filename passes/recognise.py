@@ -44,13 +44,12 @@ from mla_compile.passes.indexing import (
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
 from mla_compile.passes.score import (
-    cached,
+    cache_term,
     check_masks,
     is_constant,
     split_keys,
     split_masks,
     split_score,
-    uncapped,
 )
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, span
 from mla_compile.passes.softmax import (
@@ -181,17 +180,14 @@ def described(
 ) -> MLASite:
     """The one structural rule."""
     softmax, value, biases = split_value(terms, attention)
-    score, logit_cap = uncapped(softmax.score)
     batch = tuple(x for x in softmax.rows if x not in shared)
     around = frozenset(batch + softmax.time)
-    shiftable = not (logit_cap or attention.lse)
-    scores, masks = split_score(score, softmax, around, shiftable)
+    scores, masks, logit_cap = split_score(softmax, around, bool(attention.lse))
     check_masks(masks)
-    kv_c = cached(value, softmax)
-    latent, rope, feature = split_keys(scores, kv_c, around, attention.root)
-    weights = tuple(f for f in value.factors if f is not kv_c and isinstance(f, Leaf))
-    projected = len(latent.query) > 1 or bool(weights)
-    heads = weight_rows((*latent.query, *weights), shared) if projected else frozenset()
+    values = cache_term(value, softmax, around)
+    latent, rope = split_keys(scores, values, around, attention.root)
+    projected = len(latent.factors) > 1 or bool(values.factors)
+    heads = weight_rows(latent.factors + values.factors, shared) if projected else frozenset()
     masked = frozenset().union(*(m.leaf.labels for m in masks))
     queries = shared - heads if heads else shared & masked
     tokens = tuple(x for x in softmax.rows if x in queries)
@@ -206,11 +202,8 @@ def described(
         time=softmax.time,
         latent=latent,
         rope=rope,
-        value_feature=feature,
-        weights=weights,
+        values=values,
         biases=biases,
-        value_scale=value.scale,
-        value_scalars=value.scalars,
         masks=masks,
         lengths=lengths,
         causal=causal,
@@ -331,12 +324,12 @@ def check_private(expanded: set[Node], attention: Attention, beside: Collection[
 def check_labels(found: MLASite, value: Term) -> None:
     """No factor is a diagonal, and the output has rows, value dimensions, and nothing else."""
     terms = [term for term in (found.latent, found.rope) if term]
-    leaves = [leaf for term in terms for leaf in (*term.query, term.key)]
-    for leaf in (*leaves, *found.weights, *(m.leaf for m in found.masks)):
+    leaves = [leaf for term in terms for leaf in (*term.factors, term.key)]
+    for leaf in (*leaves, *found.values.factors, *(m.leaf for m in found.masks)):
         labels = every_label(leaf.index)
         if len(set(labels)) != len(labels):
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
-    values = frozenset({found.value_feature}).union(*(w.labels for w in found.weights))
+    values = frozenset({found.values.feature}).union(*(w.labels for w in found.values.factors))
     if not frozenset(found.out) <= values.union(found.batch, found.queries, found.heads):
         detail = "the output has a dimension that neither queries nor values have"
         raise Refusal(Reason.LAYOUT, detail, found.root)

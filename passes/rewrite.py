@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from mla_compile.passes.graph import FLOATS, Size, dtype, equal, same_sizes, shape
 from mla_compile.passes.indexing import Group, Label, Leaf
-from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, Scalar, ScoreTerm, span
+from mla_compile.passes.site import CacheTerm, Miss, MLASite, Reason, Refusal, Scalar, span
 
 DECODE = torch.ops.mla_compile.mla_decode.default
 Labelled = tuple[Tensor, Group]  # one label per dimension
@@ -155,9 +155,9 @@ class Emitter:
         )
         return self.output(out, lse, site), *(self.lse(lse, node, site) for node in site.lse)
 
-    def query(self, term: ScoreTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
+    def query(self, term: CacheTerm, rows: tuple[Group, Group], sm_scale: float) -> Tensor:
         """[T, N, width]: the product of the queries and, where the keys are expanded, W_UK."""
-        q = product([*map(self.spread, term.query)], [*rows, (term.feature,)])
+        q = product([*map(self.spread, term.factors)], [*rows, (term.feature,)])
         return self.scaled(q, term.scale / sm_scale, term.scalars)
 
     def caches(self, site: MLASite) -> tuple[Tensor, Tensor]:
@@ -233,12 +233,13 @@ class Emitter:
         """From [T, N, Lkv] to the root's shape and type, through W_UV where there is one."""
         rows = (*site.batch, *site.queries, *site.heads)
         sizes, groups = [x.size for x in rows], [(x,) for x in site.out]
-        latent = reshape(out, [*sizes, site.value_feature.size]), (*rows, site.value_feature)
-        result = product([latent, *map(self.spread, site.weights)], groups)
+        values = site.values
+        latent = reshape(out, [*sizes, values.feature.size]), (*rows, values.feature)
+        result = product([latent, *map(self.spread, values.factors)], groups)
         for bias in site.biases:  # a row that sees nothing stays zero
             seen = arrange((reshape(lse > -inf, sizes), rows), groups)
             result = result + arrange(self.spread(bias), groups) * seen
-        return like(site.root, self.scaled(result, site.value_scale, site.value_scalars))
+        return like(site.root, self.scaled(result, values.scale, values.scalars))
 
     def scaled(self, tensor: Tensor, scale: float, scalars: tuple[Scalar, ...]) -> Tensor:
         tensor = tensor * scale if scale != 1 else tensor

@@ -23,7 +23,6 @@ from mla_compile.passes.graph import (
     true,
 )
 from mla_compile.passes.indexing import (
-    Digit,
     Group,
     Index,
     Label,
@@ -35,7 +34,7 @@ from mla_compile.passes.indexing import (
     settle,
 )
 from mla_compile.passes.normal_form import ABSORBING, SCALINGS, Capped, Factor, Softmax, Term
-from mla_compile.passes.site import Lengths, Mask, Reason, Refusal, ScoreTerm, span
+from mla_compile.passes.site import CacheTerm, Lengths, Mask, Reason, Refusal, span
 
 NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
 # What hides a token that any of its operands hides, by whether True keeps a token.
@@ -47,13 +46,21 @@ AND = {
 COMPARISONS = {aten.lt: (0, 0), aten.le: (0, 1), aten.gt: (1, 0), aten.ge: (1, 1)}
 
 
-def cached(term: Term, softmax: Softmax) -> Leaf:
-    """The one factor of a term that depends on the cached token."""
+def cache_term(term: Term, softmax: Softmax, around: frozenset[Label]) -> CacheTerm:
+    """A term by its one factor that depends on the cached token.
+
+    A row of a cache has a feature, beside the labels `around` it.
+    """
     leaves = [f for f in term.factors if isinstance(f, Leaf) and f.labels & frozenset(softmax.time)]
     if len(leaves) != 1:
         many = f"{len(leaves)} factors of a product depend on the cached token, not one: {leaves}"
         raise Refusal(Reason.SCORE, many)
-    return leaves[0]
+    (key,) = leaves
+    features = key.labels - around
+    if len(features) != 1:
+        raise Refusal(Reason.LAYOUT, f"{key} has {len(features)} feature dimensions, not one")
+    factors = tuple(f for f in term.factors if f is not key and f is not softmax)
+    return CacheTerm(factors, key, next(iter(features)), term.scale, term.scalars)
 
 
 def uncapped(score: tuple[Term, ...]) -> tuple[tuple[Term, ...], float]:
@@ -78,20 +85,21 @@ def is_constant(factor: Factor, time: Group) -> bool:
 
 
 def split_score(
-    score: tuple[Term, ...], softmax: Softmax, around: frozenset[Label], shiftable: bool
-) -> tuple[list[ScoreTerm], tuple[Mask, ...]]:
-    """The contractions with the cache, and what is added to them or put in their place.
+    softmax: Softmax, around: frozenset[Label], lse: bool
+) -> tuple[list[CacheTerm], tuple[Mask, ...], float]:
+    """The contractions with the cache, what is added or put in their place, and the soft cap.
 
-    A row of a cache has a feature, beside the labels `around` it.  Queries times the bias of the
-    keys shift all scores of a row, which no softmax sees, but for those that a mask fills.
+    Queries times the bias of the keys shift all scores of a row, which no softmax sees, but for
+    those that a mask fills.
     """
+    score, logit_cap = uncapped(softmax.score)
     contractions, masks, shifts = [], [], []
     for term in score:
         factor = term.factors[0]
         if term.summed and all(is_constant(f, softmax.time) for f in term.factors):
             shifts.append(term)
         elif term.summed:
-            contractions.append(score_term(term, cached(term, softmax), around))
+            contractions.append(score_term(term, softmax, around))
         elif term.scalars or len(term.factors) != 1 or not isinstance(factor, (Mask, Leaf)):
             raise Refusal(Reason.MASK, f"a mask is a product: {term.factors}")
         elif isinstance(factor, Mask):
@@ -99,7 +107,7 @@ def split_score(
         else:
             masks.append(Mask(factor, scale=term.scale))
     filled = any(m.fill is not None and m.fill > ABSORBING for m in masks)
-    if shifts and (filled or not shiftable):
+    if shifts and (filled or logit_cap or lse):
         detail = "a bias of the keys does not shift a soft cap, a finite fill or the lse"
         raise Refusal(Reason.SCORE, detail)
     if not contractions:
@@ -108,25 +116,19 @@ def split_score(
         detail = f"the scores are {leaf}, no contraction of queries with a cache times a number"
         scaled = node is not None and node.target in SCALINGS
         raise Refusal(Reason.SCALE if scaled else Reason.SCORE, detail, node)
-    return contractions, tuple(masks)
+    return contractions, tuple(masks), logit_cap
 
 
-def score_term(term: Term, key: Leaf, around: frozenset[Label]) -> ScoreTerm:
-    feature = feature_of(key, around)
-    query = tuple(f for f in term.factors if f is not key)
-    if feature not in term.summed or not query or not all(isinstance(f, Leaf) for f in query):
-        raise Refusal(Reason.SCORE, f"the key {key} is not contracted over {feature}")
+def score_term(term: Term, softmax: Softmax, around: frozenset[Label]) -> CacheTerm:
+    found = cache_term(term, softmax, around)
+    key, query = found.key, found.factors
+    contracted = found.feature in term.summed and all(isinstance(f, Leaf) for f in query)
+    if not (contracted and query):
+        raise Refusal(Reason.SCORE, f"the key {key} is not contracted over {found.feature}")
     if not term.summed <= key.labels.union(*(f.labels for f in query)):
         detail = "the scores are a sum over a dimension that nothing depends on"
         raise Refusal(Reason.SCORE, detail)
-    return ScoreTerm(query, key, feature, term.scale, term.scalars)
-
-
-def feature_of(leaf: Leaf, around: frozenset[Label]) -> Label:
-    features = leaf.labels - around
-    if len(features) != 1:
-        raise Refusal(Reason.LAYOUT, f"{leaf} has {len(features)} feature dimensions, not one")
-    return next(iter(features))
+    return found
 
 
 def split_masks(
@@ -240,72 +242,70 @@ def check_masks(masks: tuple[Mask, ...]) -> None:
 
 
 def split_keys(
-    scores: list[ScoreTerm], kv_c: Leaf, around: frozenset[Label], root: Node
-) -> tuple[ScoreTerm, ScoreTerm | None, Label]:
-    """The latent and the rope contraction, and the feature label of the values."""
-    value = feature_of(kv_c, around)
-    pieces = [piece for term in scores for piece in cut_at_value(term, kv_c, value)]
-    latents = [p for p in pieces if is_latent(p, kv_c, value)]
+    scores: list[CacheTerm], values: CacheTerm, around: frozenset[Label], root: Node
+) -> tuple[CacheTerm, CacheTerm | None]:
+    """The latent and the rope contraction."""
+    pieces = [piece for term in scores for piece in cut_at_value(term, values)]
+    latents = [p for p in pieces if is_latent(p, values)]
     ropes = [p for p in pieces if p not in latents]
     if len(latents) != 1:
         keys = ", ".join(str(p.key) for p in pieces)
-        detail = f"the values are {kv_c}, which is {len(latents)} times among the keys {keys}"
+        detail = f"the values are {values.key}, which is {len(latents)} times among the keys {keys}"
         raise Refusal(Reason.VALUE, detail, root)
     if len(ropes) > 1:
         detail = f"{len(ropes)} contractions beside the latent one, rope is at most one"
         raise Refusal(Reason.SCORE, detail)
-    for leaf in (kv_c, *(p.key for p in ropes)):
-        if leaf.labels - {value} - {p.feature for p in ropes} != around:
-            detail = f"{leaf} does not run over every sequence and token"
-            raise Refusal(Reason.LAYOUT, detail, leaf.node)
-    return latents[0], ropes[0] if ropes else None, value
+    for term in (values, *ropes):
+        if term.key.labels - {term.feature} != around:
+            detail = f"{term.key} does not run over every sequence and token"
+            raise Refusal(Reason.LAYOUT, detail, term.key.node)
+    return latents[0], ropes[0] if ropes else None
 
 
-def cut_at_value(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
+def cut_at_value(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
     """A contraction over a cache row as several, one of them over the values' features."""
     pieces = [term]
-    if term.key.node is kv_c.node:
-        pieces = columns(term, kv_c, value)
+    if term.key.node is values.key.node:
+        pieces = columns(term, values)
     else:
         try:
             if read := relabel(term.key.node, term.key.index):
-                pieces = cut_at_value(replace(term, key=Leaf(*read)), kv_c, value)
+                pieces = cut_at_value(replace(term, key=Leaf(*read)), values)
         except Refine:
             pass
         except Segment as segment:
             if segment.label is term.feature:
                 parts = [part_of(term, *part) for part in segment.parts]
-                pieces = [piece for part in parts for piece in cut_at_value(part, kv_c, value)]
-    return pieces if any(is_latent(p, kv_c, value) for p in pieces) else [term]
+                pieces = [piece for part in parts for piece in cut_at_value(part, values)]
+    return pieces if any(is_latent(p, values) for p in pieces) else [term]
 
 
-def is_latent(term: ScoreTerm, kv_c: Leaf, value: Label) -> bool:
+def is_latent(term: CacheTerm, values: CacheTerm) -> bool:
     """Its key is the value: the same element, were their features the same."""
-    key = Leaf(term.key.node, narrowed(term.key.index, term.feature, value, 0))
-    return key.key == kv_c.key and equal(term.feature.size, value.size)
+    key = Leaf(term.key.node, narrowed(term.key.index, term.feature, values.feature, 0))
+    return key.key == values.key.key and equal(term.feature.size, values.feature.size)
 
 
-def columns(term: ScoreTerm, kv_c: Leaf, value: Label) -> list[ScoreTerm]:
+def columns(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
     """Before, in and after the values' columns of a fused cache row."""
-    at, here = digit_of(kv_c, value), digit_of(term.key, term.feature)
+    at, here = (
+        next((d for entry in x.key.index for d in entry if d.label is x.feature), None)
+        for x in (values, term)
+    )
     if at is None or here is None or not equal(at.base, here.base):
         return [term]
-    begin = at.offset - here.offset
-    sizes = [b - a for a, b in pairwise((0, begin, begin + value.size, term.feature.size))]
-    if not all(true(n >= 0) for n in sizes) or equal(sizes[1], term.feature.size):
+    begin, width = at.offset - here.offset, term.feature.size
+    sizes = [b - a for a, b in pairwise((0, begin, begin + values.feature.size, width))]
+    if not all(true(n >= 0) for n in sizes) or equal(sizes[1], width):
         return [term]
     parts = Segment(term.feature, sizes).parts
     return [part_of(term, *part) for part in parts if not equal(part[0].size, 0)]
 
 
-def digit_of(leaf: Leaf, label: Label) -> Digit | None:
-    return next((d for entry in leaf.index for d in entry if d.label is label), None)
-
-
-def part_of(term: ScoreTerm, feature: Label, begin: int) -> ScoreTerm:
+def part_of(term: CacheTerm, feature: Label, begin: int) -> CacheTerm:
     """A contraction over the part of its features that begins there."""
-    query, key = (
-        tuple(Leaf(x.node, narrowed(x.index, term.feature, feature, begin)) for x in leaves)
-        for leaves in (term.query, (term.key,))
+    key, *factors = (
+        Leaf(x.node, narrowed(x.index, term.feature, feature, begin))
+        for x in (term.key, *term.factors)
     )
-    return replace(term, query=query, key=key[0], feature=feature)
+    return replace(term, factors=tuple(factors), key=key, feature=feature)

@@ -139,10 +139,13 @@ class Scalar:
 
 
 @dataclass(frozen=True)
-class ScoreTerm:
-    """scale · Π scalars · Σ_feature (Π query) · key, one of two contractions under the softmax."""
+class CacheTerm:
+    """scale · Π scalars · Π factors · key, a row of the cache that has a feature.
 
-    query: tuple[Leaf, ...]
+    Of a score the factors are the query and, where the key is expanded, W_UK; of the values W_UV.
+    """
+
+    factors: tuple[Leaf, ...]
     key: Leaf
     feature: Label
     scale: float
@@ -158,9 +161,9 @@ def span(labels: Iterable[Label]) -> Size:
 class MLASite:
     """MLA attention in normal form.  The emitter needs nothing else of the graph.
 
-    out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · kv_c, times
-    `weights` (W_UV), plus `biases`, the scores under `logit_cap` if that is not 0.  `rows` are
-    batch, queries and heads in the graph's order.
+    out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · values plus
+    `biases`, the scores under `logit_cap` if that is not 0.  `rows` are batch, queries and heads in
+    the graph's order.
     """
 
     softmax: Node
@@ -171,13 +174,10 @@ class MLASite:
     queries: tuple[Label, ...]
     heads: tuple[Label, ...]
     time: tuple[Label, ...]
-    latent: ScoreTerm
-    rope: ScoreTerm | None
-    value_feature: Label
-    weights: tuple[Leaf, ...]
+    latent: CacheTerm
+    rope: CacheTerm | None
+    values: CacheTerm
     biases: tuple[Leaf, ...]
-    value_scale: float
-    value_scalars: tuple[Scalar, ...]
     masks: tuple[Mask, ...]
     lengths: Lengths | None
     causal: bool  # query q sees the tokens up to Skv - Sq + q
@@ -192,29 +192,24 @@ class MLASite:
     @property
     def expanded(self) -> bool:
         """K or V is expanded from the latent: W_UK moves to the query, W_UV to the output."""
-        return len(self.latent.query) > 1 or bool(self.weights)
+        return len(self.latent.factors) > 1 or bool(self.values.factors)
 
     @property
     def dims(self) -> dict[str, Size]:
         """Sizes by the names of DESIGN.md's symbol table."""
-        Lkv = self.latent.feature.size
-        values = frozenset(self.out) - frozenset(self.batch + self.queries + self.heads)
+        Lkv, queries = self.latent.feature, self.latent.factors
+        rows = frozenset(self.batch + self.queries + self.heads)
+        projected = frozenset().union(*(q.labels for q in queries)) - rows - {Lkv}
         return {
             "B": span(self.batch),
             "Sq": span(self.queries),
             "Skv": span(self.time),
             "N": span(self.heads),
-            "Lkv": Lkv,
+            "Lkv": Lkv.size,
             "R": self.rope.feature.size if self.rope else 0,
-            "P": span(self.projected) if len(self.latent.query) > 1 else Lkv,
-            "V": span(values),
+            "P": span(projected) if len(queries) > 1 else Lkv.size,
+            "V": span(frozenset(self.out) - rows),
         }
-
-    @property
-    def projected(self) -> frozenset[Label]:
-        """The labels that queries and W_UK are contracted over."""
-        labels = frozenset().union(*(q.labels for q in self.latent.query))
-        return labels - frozenset((*self.batch, *self.queries, *self.heads, self.latent.feature))
 
     @property
     def family(self) -> str:
