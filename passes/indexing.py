@@ -84,6 +84,7 @@ Group = tuple[Label, ...]
 Entry = tuple[Digit, ...]
 Index = tuple[Entry, ...]
 Read = tuple[Node, Index] | None
+Way = Callable[[Digit], Entry]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,28 +113,35 @@ class Leaf:
         return f"{self.node.name}[{', '.join('·'.join(map(repr, e)) or '0' for e in self.index)}]"
 
 
-class Refine(Exception):
-    """`label` must be split into an outer and an inner label, the inner one of size `inner`."""
+class Split(Exception):
+    """`label` must be split: each of `ways`, one after another, says what a digit of it becomes."""
 
-    def __init__(self, label: Label, inner: Size):
-        self.label = label
-        self.outer = Label(f"{label}o", label.size // inner)
-        self.inner = Label(f"{label}i", inner)
-
-    def split(self, digit: Digit) -> Entry:
-        inner = self.inner.size
-        if not (divides(inner, digit.offset) and divides(inner, digit.base)):
-            raise self
-        return Digit(self.outer, digit.offset // inner, digit.base // inner), *whole(self.inner)
+    def __init__(self, label: Label, ways: list[Way]):
+        self.label, self.ways = label, ways
 
 
-class Segment(Exception):
-    """`label` must be cut into consecutive `parts`, labels that begin at an offset in it."""
+def refined(label: Label, size: Size) -> Split:
+    """Into an outer and an inner label, the inner one of this size."""
+    outer, inner = Label(f"{label}o", label.size // size), Label(f"{label}i", size)
 
-    def __init__(self, label: Label, sizes: list[Size]):
-        self.label = label
-        begins = accumulate(sizes, initial=0)
-        self.parts = [(Label(f"{label}@{b}", n), b) for b, n in zip(begins, sizes, strict=False)]
+    def way(digit: Digit) -> Entry:
+        if not (divides(size, digit.offset) and divides(size, digit.base)):
+            raise split
+        return Digit(outer, digit.offset // size, digit.base // size), *whole(inner)
+
+    split = Split(label, [way])
+    return split
+
+
+def cut(label: Label, sizes: list[Size]) -> Split:
+    """Into consecutive parts of these sizes, a label each."""
+    begins = zip(accumulate(sizes, initial=0), sizes, strict=False)
+    return Split(label, [narrowed(Label(f"{label}@{begin}", n), begin) for begin, n in begins])
+
+
+def narrowed(part: Label, begin: Size) -> Way:
+    """For a label the part of it that begins there."""
+    return lambda digit: (Digit(part, digit.offset + begin, digit.base),)
 
 
 def every_digit(index: Index) -> Iterator[Digit]:
@@ -158,34 +166,29 @@ def whole(label: Label) -> Entry:
     return (Digit(label, 0, label.size),)
 
 
-def substitute(index: Index, label: Label, new: Callable[[Digit], Entry]) -> Index:
+def substitute(index: Index, label: Label, way: Way) -> Index:
     """The index with the digits of one label replaced."""
 
     def replaced(d: Digit) -> Entry:
         if d.label is label:
-            return new(d)
+            return way(d)
         if not isinstance(d.label, Leaf):
             return (d,)
-        table = Leaf(d.label.node, substitute(d.label.index, label, new))
+        table = Leaf(d.label.node, substitute(d.label.index, label, way))
         return (Digit(table, d.offset, d.base),)
 
     return tuple(tuple(x for d in entry for x in replaced(d)) for entry in index)
 
 
-def narrowed(index: Index, label: Label, part: Label, begin: Size) -> Index:
-    """An index with one label restricted to the part of it that begins there."""
-    return substitute(index, label, lambda d: (Digit(part, d.offset + begin, d.base),))
-
-
-def refining(index: Index, body: Callable[[Index], T]) -> T:
+def splitting(index: Index, body: Callable[[Index], list[T]]) -> list[T]:
     """body(index), the index's own labels split as far as the body asks for it."""
-    while True:
-        try:
-            return body(index)
-        except Refine as refine:
-            if refine.label not in labels_of(index):
-                raise
-            index = substitute(index, refine.label, refine.split)
+    try:
+        return body(index)
+    except Split as split:
+        if split.label not in labels_of(index):
+            raise
+        parts = (substitute(index, split.label, way) for way in split.ways)
+        return [x for part in parts for x in splitting(part, body)]
 
 
 def broadcast(node: Node, index: Index) -> Index:
@@ -197,7 +200,7 @@ def broadcast(node: Node, index: Index) -> Index:
 
 def outermost(entry: Entry) -> tuple[Digit, Size]:
     """The leading digit of an entry and how many elements one step of it spans."""
-    return entry[0], prod((d.base for d in entry[1:]), start=1)
+    return entry[0] if entry else Digit(None, 0, 1), prod((d.base for d in entry[1:]), start=1)
 
 
 def split_at(entry: Entry, inner: Size) -> tuple[Entry, Entry] | None:
@@ -211,7 +214,7 @@ def split_at(entry: Entry, inner: Size) -> tuple[Entry, Entry] | None:
 def shifted(source: Node, index: Index, dim: int, start: Size) -> Read:
     """Read `source` with an index into its slice that begins at `start` along `dim`."""
     entry, size = index[dim], shape(source)[dim]
-    first, span = outermost(entry) if entry else (Digit(None, 0, 1), 1)
+    first, span = outermost(entry)
     if not (equal(start, 0) and equal(span * first.base, size)):
         if isinstance(first.label, Leaf) or not (divides(span, start) and divides(span, size)):
             return None
@@ -224,8 +227,6 @@ def pick_part(index: Index, dim: int, parts: list[tuple[Size, Size, Node, Size]]
 
     A part is where it begins, its length, the tensor it is of, and where it begins in that.
     """
-    if not index[dim]:
-        return None
     first, span = outermost(index[dim])
     divided = all(divides(span, n) for begin, length, *_ in parts for n in (begin, length))
     if isinstance(first.label, Leaf) or not divided:
@@ -242,7 +243,7 @@ def pick_part(index: Index, dim: int, parts: list[tuple[Size, Size, Node, Size]]
         if true(inside > 0):
             cuts.append(inside)
     if isinstance(first.label, Label) and len(cuts) > 1 and equal(sum(cuts), first.label.size):
-        raise Segment(first.label, cuts)
+        raise cut(first.label, cuts)
     return None
 
 
@@ -252,16 +253,13 @@ def _axis(node: Node, rank: int) -> int:
 
 def _same(node: Node, index: Index) -> Read:
     """A copy, or a tensor that is expanded or repeated."""
-    source = node.args[0]
+    source = node.args[1 if node.target is aten.copy.default else 0]
     sizes = shape(node)[len(index) - len(shape(source)) :]
     dims = zip(broadcast(source, index), shape(source), sizes, strict=True)
     parts = [((), entry) if equal(n, m) else split_at(entry, n) for entry, n, m in dims]
-    return None if None in parts else (source, tuple(x for _, x in filter(None, parts)))
-
-
-def _copy(node: Node, index: Index) -> Read:
-    source = node.args[1]
-    return (source, broadcast(source, index)) if dtype(source) == dtype(node) else None
+    if None in parts or dtype(source) != dtype(node):
+        return None
+    return source, tuple(x for _, x in filter(None, parts))
 
 
 def _reshape(node: Node, index: Index) -> Read:
@@ -285,7 +283,7 @@ def _reshape(node: Node, index: Index) -> Read:
                     return None
                 sizes = (digit.offset, digit.label.size) if isinstance(digit.label, Label) else ()
                 if sizes and all(divides(inner, n) for n in sizes):
-                    raise Refine(digit.label, inner)
+                    raise refined(digit.label, inner)
                 if digit.label is not None:
                     return None
                 digits.append(Digit(None, digit.offset // inner, digit.base // inner))
@@ -376,9 +374,8 @@ def _gather(node: Node, index: Index) -> Read:
 
 
 _RULES: dict[Any, Callable[[Node, Index], Read]] = {
-    **dict.fromkeys({*COPIES, aten.expand.default, aten.repeat.default}, _same),
+    **dict.fromkeys(COPIES | {aten.copy.default, aten.expand.default, aten.repeat.default}, _same),
     **dict.fromkeys(RESHAPES, _reshape),
-    aten.copy.default: _copy,
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
@@ -393,7 +390,7 @@ _RULES: dict[Any, Callable[[Node, Index], Read]] = {
 def relabel(node: Node, index: Index) -> Read:
     """Where `node[index]` really reads: (tensor, index), or None if `node` is no known view.
 
-    Raises Refine or Segment when the answer is different for different parts of a label.
+    Raises Split when the answer is different for different parts of a label.
     """
     rule = _RULES.get(node.target)
     return rule(node, broadcast(node, index)) if rule else None
@@ -404,6 +401,6 @@ def settle(node: Node, index: Index) -> Leaf:
     index = broadcast(node, index)
     try:
         read = relabel(node, index)
-    except (Refine, Segment):
+    except Split:
         read = None
     return settle(*read) if read else Leaf(node, index)

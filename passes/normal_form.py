@@ -37,15 +37,14 @@ from mla_compile.passes.indexing import (
     Index,
     Label,
     Leaf,
-    Refine,
-    Segment,
+    Split,
     broadcast,
     labels_of,
-    narrowed,
-    refining,
+    refined,
     relabel,
     settle,
     split_at,
+    splitting,
     whole,
 )
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
@@ -168,10 +167,10 @@ class Evaluator:
         """What the view reads.  Where that differs by parts of a label, it may be a leaf itself."""
         try:
             return relabel(node, index)
-        except (Refine, Segment) as request:
-            stops, of_feature = self._stops(node, index), request.label in self.features
+        except Split as split:
+            stops, of_feature = self._stops(node, index), split.label in self.features
             timeless = not labels_of(index) & self.time
-            if isinstance(request, Refine):
+            if len(split.ways) == 1:
                 leaf = stops and (timeless or of_feature)
             else:
                 leaf = stops or not of_feature
@@ -198,15 +197,9 @@ class Evaluator:
                 self.time = labels
             else:
                 self.features |= labels
-            try:
-                return [replace(t, summed=t.summed | labels) for t in body(*index)]
-            except Segment as segment:
-                if segment.label not in labels:
-                    raise
-                pieces = (narrowed(index, segment.label, *part) for part in segment.parts)
-                return [t for piece in pieces for t in refining(piece, over)]
+            return [replace(t, summed=t.summed | labels) for t in body(*index)]
 
-        return refining((whole(Label("t" if time else "k", size)),), over)
+        return splitting((whole(Label("t" if time else "k", size)),), over)
 
     def _product(self, *factors: tuple[Node, Index]) -> list[Term]:
         left, right = (self.evaluate(*factor) for factor in factors)
@@ -322,7 +315,7 @@ class Evaluator:
         batch, head, row, column = index
         groups = [split_at(head, heads // n) for n in (of_keys, shape(value)[1])]
         if None in groups and len(head) == 1 and head[0].full:
-            raise Refine(head[0].label, heads // of_keys)
+            raise refined(head[0].label, heads // of_keys)
         if None in groups:
             detail = f"{of_keys} key heads for {heads} query heads in a fused attention call"
             raise Refusal(Reason.NO_LATENT, detail)

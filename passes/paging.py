@@ -8,12 +8,11 @@ from mla_compile.passes.indexing import (
     Index,
     Label,
     Leaf,
-    Refine,
-    Segment,
+    Split,
     every_digit,
     labels_of,
-    refining,
     relabel,
+    splitting,
     substitute,
     whole,
 )
@@ -64,14 +63,15 @@ def whole_pages(keys: list[Leaf], token: Label) -> tuple[list[Leaf], Group]:
     if tabled or not sliced or equal(base, token.size):
         return keys, (token,)
 
-    def read(tokens: Index) -> tuple[list[Leaf], Group]:
+    def read(tokens: Index) -> list[tuple[list[Leaf], Group]]:
         whole_keys = (Leaf(x.node, substitute(x.index, token, lambda _: tokens[0])) for x in keys)
-        return [descend(key) for key in whole_keys], tuple(d.label for d in tokens[0])
+        return [([descend(key) for key in whole_keys], tuple(d.label for d in tokens[0]))]
 
     try:
-        return refining((whole(Label(token.name, base)),), read)
-    except (Refine, Segment):
+        found, *others = splitting((whole(Label(token.name, base)),), read)
+    except Split:
         return keys, (token,)
+    return (keys, (token,)) if others else found
 
 
 def descend(leaf: Leaf) -> Leaf:

@@ -34,11 +34,10 @@ from mla_compile.passes.indexing import (
     Index,
     Label,
     Leaf,
-    Refine,
-    Segment,
+    Split,
     broadcast,
     every_label,
-    refining,
+    splitting,
     whole,
 )
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
@@ -110,8 +109,8 @@ def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss
     """The verdict on one attention, where the nodes `beside` are replaced as well."""
     try:
         return weigh(site(attention, beside))
-    except (Refine, Segment) as request:
-        detail = f"a view splits {request.label} in a way that no index follows"
+    except Split as split:
+        detail = f"a view splits {split.label} in a way that no index follows"
         miss = Refusal(Reason.LAYOUT, detail).miss(attention.node)
     except Refusal as refusal:
         miss = refusal.miss(attention.node)
@@ -127,16 +126,16 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
     at the first tensor without these rows: the cache.  One head has no row to tell by.
     """
 
-    def read(index: Index) -> tuple[Index, Evaluator, list[Term]]:
+    def read(index: Index) -> list[tuple[Index, Evaluator, list[Term]]]:
         evaluator = Evaluator(attention, None)
-        return index, evaluator, evaluator.evaluate(root, index)
+        return [(index, evaluator, evaluator.evaluate(root, index))]
 
     root = attention.root
     keys = attention.scores or attention.node.args[1]
     if any(equal(n, 0) for n in (*shape(root), *shape(keys))):
         raise Refusal(Reason.PREFILL, "there are no queries or no cached tokens")
     labels = (Label(f"x{d}", n) for d, n in enumerate(shape(root)))
-    index, evaluator, terms = refining(broadcast(root, tuple(map(whole, labels))), read)
+    ((index, evaluator, terms),) = splitting(broadcast(root, tuple(map(whole, labels))), read)
     softmax, value, _ = split_value(terms, attention)
     of_cache = list(cache_leaves((value, *softmax.score), softmax))
     shared = frozenset(softmax.rows).difference(*(leaf.labels for leaf in of_cache))

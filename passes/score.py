@@ -27,11 +27,14 @@ from mla_compile.passes.indexing import (
     Index,
     Label,
     Leaf,
-    Refine,
-    Segment,
+    Split,
+    Way,
+    cut,
     narrowed,
     relabel,
     settle,
+    substitute,
+    whole,
 )
 from mla_compile.passes.normal_form import ABSORBING, SCALINGS, Capped, Factor, Softmax, Term
 from mla_compile.passes.site import CacheTerm, Lengths, Mask, Reason, Refusal, span
@@ -271,18 +274,16 @@ def cut_at_value(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
         try:
             if read := relabel(term.key.node, term.key.index):
                 pieces = cut_at_value(replace(term, key=Leaf(*read)), values)
-        except Refine:
-            pass
-        except Segment as segment:
-            if segment.label is term.feature:
-                parts = [part_of(term, *part) for part in segment.parts]
+        except Split as split:
+            if split.label is term.feature and len(split.ways) > 1:
+                parts = [part_of(term, way) for way in split.ways]
                 pieces = [piece for part in parts for piece in cut_at_value(part, values)]
     return pieces if any(is_latent(p, values) for p in pieces) else [term]
 
 
 def is_latent(term: CacheTerm, values: CacheTerm) -> bool:
     """Its key is the value: the same element, were their features the same."""
-    key = Leaf(term.key.node, narrowed(term.key.index, term.feature, values.feature, 0))
+    key = part_of(term, narrowed(values.feature, 0)).key
     return key.key == values.key.key and equal(term.feature.size, values.feature.size)
 
 
@@ -298,14 +299,14 @@ def columns(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
     sizes = [b - a for a, b in pairwise((0, begin, begin + values.feature.size, width))]
     if not all(true(n >= 0) for n in sizes) or equal(sizes[1], width):
         return [term]
-    parts = Segment(term.feature, sizes).parts
-    return [part_of(term, *part) for part in parts if not equal(part[0].size, 0)]
+    parts = cut(term.feature, [n for n in sizes if not equal(n, 0)])
+    return [part_of(term, way) for way in parts.ways]
 
 
-def part_of(term: CacheTerm, feature: Label, begin: int) -> CacheTerm:
-    """A contraction over the part of its features that begins there."""
+def part_of(term: CacheTerm, way: Way) -> CacheTerm:
+    """A contraction over a part of its features."""
     key, *factors = (
-        Leaf(x.node, narrowed(x.index, term.feature, feature, begin))
-        for x in (term.key, *term.factors)
+        Leaf(x.node, substitute(x.index, term.feature, way)) for x in (term.key, *term.factors)
     )
-    return replace(term, factors=tuple(factors), key=key, feature=feature)
+    (feature,) = way(*whole(term.feature))
+    return replace(term, factors=tuple(factors), key=key, feature=feature.label)
