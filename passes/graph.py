@@ -1,28 +1,18 @@
-"""Questions about the nodes of an ATen graph, as Inductor's decompositions leave it.
-
-Sizes may be symbolic; no answer adds a guard.
-"""
+"""Questions about the nodes of an ATen graph, as Inductor's decompositions leave it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import sympy
 import torch
-from sympy.polys.polyerrors import BasePolynomialError
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
-from torch.utils._sympy.functions import FloorDiv
+
+from mla_compile.passes.sizes import Size, equal, plain
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-Size = Any  # int or torch.SymInt
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTEGERS = frozenset({torch.int32, torch.int64})
@@ -44,9 +34,6 @@ RESHAPES |= {aten.squeeze.dim, aten.squeeze.dims}
 RENAMES = COPIES | RESHAPES | {aten.expand.default, aten.permute.default}
 WHOLE = RENAMES | CASTS
 SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default})
-
-# What was asked of symbolic sizes before: PyTorch takes 40 µs to compare two.
-_KNOWN: WeakKeyDictionary[ShapeEnv, dict[Any, bool]] = WeakKeyDictionary()
 
 
 def reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
@@ -78,54 +65,6 @@ def measure_inputs(graph: Graph) -> None:
             node.args = measured[value.node.expr]
 
 
-def true(condition: bool | torch.SymBool) -> bool:
-    return bool(statically_known_true(condition))
-
-
-def equal(a: Size, b: Size) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    sides = expression(a), expression(b)
-    if sides[0] is sides[1]:
-        return True
-    known = _KNOWN.setdefault((b if isinstance(a, int) else a).node.shape_env, {})
-    if sides not in known:
-        known[sides] = true(a == b)
-    return known[sides]
-
-
-def divides(a: Size, b: Size) -> bool:
-    if equal(a, 1) or equal(a, b) or equal(b % a, 0):
-        return True
-    return not (isinstance(a, int) and isinstance(b, int)) and _multiple(*map(expression, (a, b)))
-
-
-@lru_cache(maxsize=4096)
-def _multiple(a: Any, b: Any) -> bool:
-    """As polynomials: PyTorch does not see that 2·s + 2 is a multiple of s + 1."""
-    with suppress(BasePolynomialError):
-        return bool(sympy.div(b, a, domain="ZZ")[1] == 0)
-    return False
-
-
-def expression(n: Size) -> Any:
-    """A size as what can be hashed: an int, or what SymPy makes of it."""
-    return n.node.expr if isinstance(n, torch.SymInt) else n
-
-
-def plain(n: Size) -> Size:
-    """A symbolic integer without symbols as an int; s²//s, which PyTorch keeps, as s."""
-    if not isinstance(n, torch.SymInt):
-        return n
-    size = n.node.expr
-    if size.has(FloorDiv):
-        size = size.replace(FloorDiv, lambda a, b: a / b if (a / b).is_integer else FloorDiv(a, b))
-    if size.is_number:
-        return int(size)
-    same = size is n.node.expr
-    return n if same else n.node.shape_env.create_symintnode(size, hint=n.node.hint)
-
-
 def shape(node: Node) -> tuple[Size, ...]:
     return tuple(map(plain, node.meta["val"].shape))
 
@@ -140,10 +79,6 @@ def is_tensor(value: Any) -> bool:
 
 def is_scalar_tensor(value: Any) -> bool:
     return is_tensor(value) and all(equal(n, 1) for n in shape(value))
-
-
-def same_sizes(a: Sequence[Size], b: Sequence[Size]) -> bool:
-    return len(a) == len(b) and all(map(equal, a, b))
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:

@@ -17,21 +17,8 @@ from typing import Any, TypeVar
 
 from torch.fx import Node
 
-from mla_compile.passes.graph import (
-    COPIES,
-    INTEGERS,
-    RESHAPES,
-    Size,
-    argument,
-    aten,
-    divides,
-    dtype,
-    equal,
-    expression,
-    plain,
-    shape,
-    true,
-)
+from mla_compile.passes.graph import COPIES, INTEGERS, RESHAPES, argument, aten, dtype, shape
+from mla_compile.passes.sizes import Size, divides, equal, expression, plain, true
 
 T = TypeVar("T")
 

@@ -21,12 +21,10 @@ from mla_compile.passes.graph import (
     CASTS,
     CONTRACTIONS,
     FLOATS,
-    Size,
     argument,
     aten,
     constant,
     dtype,
-    equal,
     is_scalar_tensor,
     is_tensor,
     shape,
@@ -48,6 +46,7 @@ from mla_compile.passes.indexing import (
     whole,
 )
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
+from mla_compile.passes.sizes import Size, equal
 from mla_compile.passes.softmax import Attention, is_division
 
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})

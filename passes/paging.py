@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_compile.passes.graph import equal, shape
+from mla_compile.passes.graph import shape
 from mla_compile.passes.indexing import (
     Group,
     Index,
@@ -17,6 +17,7 @@ from mla_compile.passes.indexing import (
     whole,
 )
 from mla_compile.passes.site import CacheTerm, Mask, Paging
+from mla_compile.passes.sizes import equal
 
 
 def find_paging(

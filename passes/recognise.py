@@ -19,16 +19,12 @@ from mla_compile.passes.graph import (
     CONTRACTIONS,
     FLOATS,
     RENAMES,
-    Size,
     aten,
-    divides,
     dtype,
-    equal,
     is_tensor,
     reached,
     readers,
     shape,
-    true,
 )
 from mla_compile.passes.indexing import (
     Index,
@@ -51,6 +47,7 @@ from mla_compile.passes.score import (
     split_score,
 )
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, span
+from mla_compile.passes.sizes import Size, divides, equal, true
 from mla_compile.passes.softmax import (
     Attention,
     Normalised,

@@ -17,9 +17,10 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import FLOATS, Size, dtype, equal, same_sizes, shape
+from mla_compile.passes.graph import FLOATS, dtype, shape
 from mla_compile.passes.indexing import Group, Label, Leaf
 from mla_compile.passes.site import CacheTerm, Miss, MLASite, Reason, Refusal, Scalar, span
+from mla_compile.passes.sizes import Size, equal, same_sizes
 
 DECODE = torch.ops.mla_compile.mla_decode.default
 Labelled = tuple[Tensor, Group]  # one label per dimension

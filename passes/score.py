@@ -11,17 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mla_compile.passes.graph import (
-    INTEGERS,
-    Size,
-    argument,
-    aten,
-    dtype,
-    equal,
-    is_tensor,
-    prims,
-    true,
-)
+from mla_compile.passes.graph import INTEGERS, argument, aten, dtype, is_tensor, prims
 from mla_compile.passes.indexing import (
     Group,
     Index,
@@ -38,6 +28,7 @@ from mla_compile.passes.indexing import (
 )
 from mla_compile.passes.normal_form import ABSORBING, SCALINGS, Capped, Factor, Softmax, Term
 from mla_compile.passes.site import CacheTerm, Lengths, Mask, Reason, Refusal, span
+from mla_compile.passes.sizes import Size, equal, true
 
 NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
 # What hides a token that any of its operands hides, by whether True keeps a token.

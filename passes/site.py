@@ -10,8 +10,8 @@ from math import prod
 
 from torch.fx import Node
 
-from mla_compile.passes.graph import Size
 from mla_compile.passes.indexing import Label, Leaf
+from mla_compile.passes.sizes import Size
 
 
 class Reason(enum.Enum):

@@ -25,14 +25,13 @@ from mla_compile.passes.graph import (
     aten,
     constant,
     dtype,
-    equal,
     is_tensor,
     reached,
     readers,
-    same_sizes,
     shape,
 )
 from mla_compile.passes.site import Reason, Refusal
+from mla_compile.passes.sizes import equal, same_sizes
 
 # What probabilities stay probabilities through, up to a factor.
 CARRIERS = WHOLE | {aten.mul.Tensor, aten.slice.Tensor}

@@ -17,7 +17,7 @@ kernels.config kernels.split kernels.combine
 kernels.cdna kernels.schedule kernels.walk kernels.cdna3 kernels.cdna4
 kernels.hopper kernels.gather kernels.sm90
 kernels.launch kernels.decode ops
-passes.graph passes.indexing passes.site passes.softmax passes.normal_form
+passes.sizes passes.graph passes.indexing passes.site passes.softmax passes.normal_form
 passes.paging passes.score passes.recognise passes.rewrite passes.inductor
 backend saving picture page report demo selftest __main__
 """
