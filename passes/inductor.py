@@ -53,21 +53,6 @@ class MLAPass(CustomGraphPass):
         return same
 
     def __call__(self, graph: Graph) -> None:
-        self._run(graph)
-        for other in self.previous:
-            other(graph)
-
-    def uuid(self) -> bytes | None:
-        """All that the compiled code depends on; None, no caching, if a previous pass has none."""
-        previous = [getattr(p, "uuid", lambda: None)() for p in self.previous]
-        if None in previous:
-            return None
-        folders = Path(mla_compile.ops.__file__).parent, Path(__file__).parent
-        sources = sorted({str(path) for folder in folders for path in folder.rglob("*.py")})
-        versions = (torch.__version__, triton.__version__, device_arch(), self.strict, previous)
-        return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
-
-    def _run(self, graph: Graph) -> None:
         rewriter = Rewriter(graph)
         try:
             measure_inputs(graph)
@@ -83,6 +68,18 @@ class MLAPass(CustomGraphPass):
                 "the pass failed and left the rest of the graph as it was; please report this trace"
             )
         rewriter.remove_dead_code()
+        for other in self.previous:
+            other(graph)
+
+    def uuid(self) -> bytes | None:
+        """All that the compiled code depends on; None, no caching, if a previous pass has none."""
+        previous = [getattr(p, "uuid", lambda: None)() for p in self.previous]
+        if None in previous:
+            return None
+        folders = Path(mla_compile.ops.__file__).parent, Path(__file__).parent
+        sources = sorted({str(path) for folder in folders for path in folder.rglob("*.py")})
+        versions = (torch.__version__, triton.__version__, device_arch(), self.strict, previous)
+        return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
 
     def note(self, verdict: Verdict) -> None:
         if isinstance(verdict, MLASite):

@@ -143,7 +143,8 @@ class Evaluator:
             return self._contraction(node, index)
         if node.target is aten.sum.dim_IntList:
             return self._reduction(node, index)
-        if context is Context.PRODUCT and multiplies(node):
+        product = node.target is aten.mul.Tensor and all(map(is_tensor, node.args))
+        if product and context is Context.PRODUCT:
             return self._product(*((x, index) for x in node.args))
         if context is Context.SCORE:
             if node.target is aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
@@ -348,10 +349,6 @@ class Evaluator:
 
         terms = self._addend(mask, index)
         return [replace(t, factors=tuple(map(hiding, t.factors))) for t in terms]
-
-
-def multiplies(node: Node) -> bool:
-    return node.target is aten.mul.Tensor and all(map(is_tensor, node.args))
 
 
 def scaling(node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:

@@ -38,14 +38,7 @@ from mla_compile.passes.indexing import (
 )
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
-from mla_compile.passes.score import (
-    cache_term,
-    check_masks,
-    is_constant,
-    split_keys,
-    split_masks,
-    split_score,
-)
+from mla_compile.passes.score import cache_term, is_constant, split_keys, split_masks, split_score
 from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, span
 from mla_compile.passes.sizes import Size, divides, equal, true
 from mla_compile.passes.softmax import (
@@ -179,7 +172,6 @@ def described(
     batch = tuple(x for x in softmax.rows if x not in shared)
     around = frozenset(batch + softmax.time)
     scores, masks, logit_cap = split_score(softmax, around, bool(attention.lse))
-    check_masks(masks)
     values = cache_term(value, softmax, around)
     latent, rope = split_keys(scores, values, around, attention.root)
     projected = len(latent.factors) > 1 or bool(values.factors)
@@ -247,8 +239,15 @@ def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:
 
 def why_no_latent(leaves: list[Leaf], tokens: Size) -> Refusal:
     """Keys and values have a row for every head: does the cache, or what is made of it?"""
+
+    def sources(node: Node) -> list[Node]:
+        """What it is computed from for each of the tokens."""
+        written = node.target is aten.index_put.default  # into the cache, of new tokens only
+        inputs = [node.args[0]] if written else node.all_input_nodes
+        return [x for x in inputs if not is_tensor(x) or any(divides(tokens, n) for n in shape(x))]
+
     for leaf in leaves:
-        for node in computed_for(tokens, leaf.node):
+        for node in reached(leaf.node, sources):
             if any(word in str(node.target) for word in QUANTISED):
                 detail = f"{leaf.node.name} comes from {node.name} ({node.target})"
                 return Refusal(Reason.QUANTISED, detail, node)
@@ -257,17 +256,6 @@ def why_no_latent(leaves: list[Leaf], tokens: Size) -> Refusal:
                 return Refusal(Reason.BETWEEN, detail, leaf.node)
     detail = "keys and values have a row for every head and query"
     return Refusal(Reason.NO_LATENT, detail, leaves[0].node if leaves else None)
-
-
-def computed_for(tokens: Size, node: Node) -> Iterator[Node]:
-    """The node and those before it that have an element for each of the tokens."""
-
-    def before(node: Node) -> list[Node]:
-        written = node.target is aten.index_put.default  # into the cache, of new tokens only
-        inputs = [node.args[0]] if written else node.all_input_nodes
-        return [x for x in inputs if not is_tensor(x) or any(divides(tokens, n) for n in shape(x))]
-
-    return reached(node, before)
 
 
 def weight_rows(leaves: tuple[Leaf, ...], shared: frozenset[Label]) -> frozenset[Label]:

@@ -192,10 +192,9 @@ class Emitter:
         groups = (site.batch, site.heads, site.queries, site.time)
         views = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
         keeps = [x if mask.keep else ~x for mask, x in views if mask.fill is not None]
-        added = [(mask.scale, x) for mask, x in views if mask.fill is None]
         types = FLOATS - {torch.float64} | {dtype(site.latent.key.node)}  # that the op adds
-        added = [(scale, x if x.dtype in types else x.float()) for scale, x in added]
-        biases = [self.scaled(x, scale, ()) for scale, x in added]
+        added = [(m, x if x.dtype in types else x.float()) for m, x in views if m.fill is None]
+        biases = [self.scaled(x, mask.scale, ()) for mask, x in added]
         keep = functools.reduce(operator.and_, keeps) if keeps else None
         bias = functools.reduce(operator.add, biases) if biases else None
         fill = next((mask.fill for mask in site.masks if mask.fill is not None), -inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite, isnan
@@ -110,6 +109,7 @@ def split_score(
         detail = f"the scores are {leaf}, no contraction of queries with a cache times a number"
         scaled = node is not None and node.target in SCALINGS
         raise Refusal(Reason.SCALE if scaled else Reason.SCORE, detail, node)
+    check_masks(masks)
     return contractions, tuple(masks), logit_cap
 
 
@@ -135,37 +135,33 @@ def split_masks(
     knows where the queries start, nobody can say whether the cache ends with them.
     """
     masks = tuple(part for mask in masks for part in conjuncts(mask))
-    bounds = [(mask, upper_bound(mask, softmax.time, queries)) for mask in masks]
+    clear = [mask for mask in masks if mask.fill == -inf or len(masks) == 1]
+    bounds = [(m, b) for m in clear if (b := upper_bound(m, softmax.time, queries))]
     for mask, bound in bounds:
-        if bound is None or bound.rows != 0 or (mask.fill != -inf and len(masks) > 1):
-            continue
-        if all(t.labels <= frozenset(batch) for t in bound.terms):
+        if bound.rows == 0 and all(t.labels <= frozenset(batch) for t in bound.terms):
             rest = tuple(m for m in masks if m is not mask or isfinite(mask.fill))
             return Lengths(bound.terms, bound.constant, mask.fill), False, rest
     for mask, bound in bounds:
-        if bound is None or bound.rows != 1 or bound.terms:
-            continue
-        if not equal(bound.constant + span(queries) - 1, span(softmax.time)):
-            continue
-        if mask.fill == -inf or (len(masks) == 1 and true(bound.constant >= 1)):
+        at_end = equal(bound.constant + span(queries) - 1, span(softmax.time))
+        none_empty = mask.fill == -inf or true(bound.constant >= 1)
+        if bound.rows == 1 and not bound.terms and at_end and none_empty:
             return None, True, tuple(m for m in masks if m is not mask)
     return None, False, masks
 
 
-def conjuncts(mask: Mask) -> Iterator[Mask]:
+def conjuncts(mask: Mask) -> list[Mask]:
     """Masks that together hide what `mask` hides, if its fill is beyond the reach of any score."""
-    node, index = mask.leaf.node, mask.leaf.index
+    node = mask.leaf.node
     if mask.fill is not None and node.target is aten.full.default and node.args[1] is mask.keep:
-        return  # hides nothing
+        return []  # hides nothing
     negated = node.target in NOT
     splits = negated or node.target in AND[mask.keep]
     splits = splits and all(dtype(x) is torch.bool for x in node.args)
     if mask.fill is None or mask.fill > ABSORBING or not splits:
-        yield mask
-        return
-    for x in node.args:
-        leaf = settle(x, index)
-        yield from conjuncts(replace(mask, leaf=leaf, keep=mask.keep != negated))
+        return [mask]
+    leaves = (settle(x, mask.leaf.index) for x in node.args)
+    parts = (replace(mask, leaf=leaf, keep=mask.keep != negated) for leaf in leaves)
+    return [conjunct for part in parts for conjunct in conjuncts(part)]
 
 
 def upper_bound(mask: Mask, time: Group, queries: Group) -> Affine | None:
@@ -218,7 +214,7 @@ def affine(value: Any, index: Index, axes: tuple[Group, Group]) -> Affine | None
     return None if leaf.labels & {*axes[0], *axes[1]} else Affine(0, 0, (leaf,), 0)
 
 
-def check_masks(masks: tuple[Mask, ...]) -> None:
+def check_masks(masks: list[Mask]) -> None:
     """Several masks compose if each boolean one hides beyond the reach of any score.
 
     Rows that a finite fill hides, in a part of the scores, are told apart by all that is added.

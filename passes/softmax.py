@@ -247,13 +247,14 @@ def attention_of(softmax: Normalised) -> Attention:
         return Attention(node, contraction=root, root=root, path=frozenset({node, root}))
     contraction, path = consumer(softmax)
     root = contraction
-    while total is not None and not is_division(root):
-        after = only_reader(root, {aten.div.Tensor})
-        if after is None:
+    if total is not None:
+        for root in only_readers(contraction, aten.div.Tensor):
+            path |= {root}
+            if is_division(root):
+                break
+        else:
             detail = "the values are weighed by exponentials that no sum divides"
             raise Refusal(Reason.SOFTMAX, detail, root)
-        root = after
-        path |= {root}
     logs = (x.logarithms(softmax.scores) for x in softmax.sums if x.axis == softmax.axis)
     lse = tuple(log for of in logs for log in of if escape(log, {root, node}))
     return Attention(**vars(softmax), contraction=contraction, root=root, path=path, lse=lse)
@@ -261,19 +262,19 @@ def attention_of(softmax: Normalised) -> Attention:
 
 def cropped(attention: Attention) -> Attention | None:
     """The attention up to a slice of its output, if nothing else is used: values may be padded."""
-    path = [attention.root]
-    while path[-1] is attention.root or path[-1].target is not aten.slice.Tensor:
-        after = only_reader(path[-1], {aten.slice.Tensor})
-        if after is None:
-            return None
-        path.append(after)
-    return replace(attention, root=path[-1], path=attention.path.union(path))
+    path = set(attention.path)
+    for node in only_readers(attention.root, aten.slice.Tensor):
+        path.add(node)
+        if node.target is aten.slice.Tensor:
+            return replace(attention, root=node, path=frozenset(path))
+    return None
 
 
-def only_reader(node: Node, others: Collection[object]) -> Node | None:
-    """The one reader of a node, if that is a view of all of it, a cast or one of `others`."""
-    users = readers(node)
-    return users[0] if len(users) == 1 and users[0].target in WHOLE | others else None
+def only_readers(node: Node, other: object) -> Iterator[Node]:
+    """The one reader of a node, of that and so on: views of all of it, casts and the `other`."""
+    while len(users := readers(node)) == 1 and users[0].target in WHOLE | {other}:
+        (node,) = users
+        yield node
 
 
 def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
