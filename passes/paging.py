@@ -16,18 +16,16 @@ from mla_compile.passes.indexing import (
     substitute,
     whole,
 )
-from mla_compile.passes.site import CacheTerm, Mask, Paging
+from mla_compile.passes.site import MLASite, Paging
 from mla_compile.passes.sizes import equal
 
 
-def find_paging(
-    latent: CacheTerm, rope: CacheTerm | None, batch: Group, time: Group, masks: tuple[Mask, ...]
-) -> Paging | None:
+def find_paging(site: MLASite) -> Paging | None:
     """How the caches are paged; None if they are not, or not both by the same table."""
-    keys = [term.key for term in (latent, rope) if term]
-    if len(time) == 1 and not masks:
-        keys, time = whole_pages(keys, time[0])
-    tables = [table_of(key, batch, time) for key in keys]
+    keys, time = [term.key for term in site.terms], site.time
+    if len(time) == 1 and not site.masks:
+        keys, time = whole_pages(keys, *time)
+    tables = [table_of(key, site.batch, time) for key in keys]
     if None in tables:
         return None
     (table, pages, page), (other, _, other_page) = tables[0], tables[-1]

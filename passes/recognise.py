@@ -196,13 +196,12 @@ def described(
         lengths=lengths,
         causal=causal,
         logit_cap=logit_cap,
-        paging=find_paging(latent, rope, batch, softmax.time, masks),
+        paging=None,
         lse=attention.lse,
         softmax=attention.node,
     )
-    check_labels(found, value)
-    check(found)
-    return found
+    check(found, value)
+    return replace(found, paging=find_paging(found))
 
 
 def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term, tuple[Leaf, ...]]:
@@ -264,12 +263,27 @@ def weight_rows(leaves: tuple[Leaf, ...], shared: frozenset[Label]) -> frozenset
     return frozenset().union(*partial) if partial else shared
 
 
-def check(found: MLASite) -> None:
-    """What must hold beyond the shape of the formula."""
-    for term in (found.latent, found.rope):
-        if term and not (isfinite(term.scale) and term.scale > 0):
+def check(found: MLASite, value: Term) -> None:
+    """What must hold beyond the shape of the formula.
+
+    No factor is a diagonal, and the output has rows, value dimensions, and nothing else.
+    """
+    leaves = [leaf for term in found.terms for leaf in (*term.factors, term.key)]
+    for leaf in (*leaves, *found.values.factors, *(m.leaf for m in found.masks)):
+        labels = every_label(leaf.index)
+        if len(set(labels)) != len(labels):
+            raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
+    values = frozenset({found.values.feature}).union(*(w.labels for w in found.values.factors))
+    if not frozenset(found.out) <= values.union(found.batch, found.queries, found.heads):
+        detail = "the output has a dimension that neither queries nor values have"
+        raise Refusal(Reason.LAYOUT, detail, found.root)
+    if not value.summed <= values.union(found.time):
+        detail = "the output is a sum over a dimension that nothing depends on"
+        raise Refusal(Reason.LAYOUT, detail, found.root)
+    for term in found.terms:
+        if not (isfinite(term.scale) and term.scale > 0):
             raise Refusal(Reason.SCALE, f"the softmax scale is {term.scale}")
-    caches = [term.key.node for term in (found.latent, found.rope) if term]
+    caches = [term.key.node for term in found.terms]
     types = {dtype(n) for n in caches}
     if len(types) != 1 or not types <= FLOATS:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
@@ -303,20 +317,3 @@ def check_private(expanded: set[Node], attention: Attention, beside: Collection[
     for node in sorted(private, key=str):
         if thief := escape(node, replaced):
             raise Refusal(Reason.ESCAPE, f"{node.name} is also used by {thief.name}", thief)
-
-
-def check_labels(found: MLASite, value: Term) -> None:
-    """No factor is a diagonal, and the output has rows, value dimensions, and nothing else."""
-    terms = [term for term in (found.latent, found.rope) if term]
-    leaves = [leaf for term in terms for leaf in (*term.factors, term.key)]
-    for leaf in (*leaves, *found.values.factors, *(m.leaf for m in found.masks)):
-        labels = every_label(leaf.index)
-        if len(set(labels)) != len(labels):
-            raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
-    values = frozenset({found.values.feature}).union(*(w.labels for w in found.values.factors))
-    if not frozenset(found.out) <= values.union(found.batch, found.queries, found.heads):
-        detail = "the output has a dimension that neither queries nor values have"
-        raise Refusal(Reason.LAYOUT, detail, found.root)
-    if not value.summed <= values.union(found.time):
-        detail = "the output is a sum over a dimension that nothing depends on"
-        raise Refusal(Reason.LAYOUT, detail, found.root)

@@ -163,11 +163,10 @@ class Emitter:
 
     def caches(self, site: MLASite) -> tuple[Tensor, Tensor]:
         """[B, Skv, width] each, one page a sequence, or the pools [pages, page_size, width]."""
-        terms = [site.latent, site.rope] if site.rope else [site.latent]
-        keys, groups = [term.key for term in terms], (site.batch, site.time)
+        keys, groups = [term.key for term in site.terms], (site.batch, site.time)
         if site.paging:
             keys, groups = site.paging.keys, ((site.paging.page,), site.paging.slots)
-        pairs = zip(keys, terms, strict=True)
+        pairs = zip(keys, site.terms, strict=True)
         kv_c, *k_pe = (self.cache(key, (*groups, (term.feature,))) for key, term in pairs)
         return kv_c, k_pe[0] if k_pe else kv_c[..., :0]
 

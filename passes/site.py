@@ -195,6 +195,11 @@ class MLASite:
         return len(self.latent.factors) > 1 or bool(self.values.factors)
 
     @property
+    def terms(self) -> list[CacheTerm]:
+        """The contractions under the softmax."""
+        return [self.latent, self.rope] if self.rope else [self.latent]
+
+    @property
     def dims(self) -> dict[str, Size]:
         """Sizes by the names of DESIGN.md's symbol table."""
         Lkv, queries = self.latent.feature, self.latent.factors
