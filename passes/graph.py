@@ -17,6 +17,7 @@ prims = torch.ops.prims
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTEGERS = frozenset({torch.int32, torch.int64})
 CASTS = frozenset({prims.convert_element_type.default})
+SUM = aten.sum.dim_IntList
 CONTRACTIONS = frozenset(f.default for f in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm))
 FUSED_ATTENTION = frozenset(
     {

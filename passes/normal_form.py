@@ -21,6 +21,7 @@ from mla_compile.passes.graph import (
     CASTS,
     CONTRACTIONS,
     FLOATS,
+    SUM,
     argument,
     aten,
     constant,
@@ -141,7 +142,7 @@ class Evaluator:
             return self._fused(node.args[0], index)
         if node.target in CONTRACTIONS:
             return self._contraction(node, index)
-        if node.target is aten.sum.dim_IntList:
+        if node.target is SUM:
             return self._reduction(node, index)
         product = node.target is aten.mul.Tensor and all(map(is_tensor, node.args))
         if product and context is Context.PRODUCT:
@@ -250,13 +251,14 @@ class Evaluator:
 
         In a part of the scores, only a fill that absorbs the others hides a token.
         """
-        cudnn = self.attention.node.target is CUDNN
         condition, *branches = node.args
         for keep, (kept, other) in ((True, branches), (False, branches[::-1])):
             fill = constant(other)
             if fill is None:
                 continue
-            absorbs = fill <= ABSORBING or (cudnn and fill == FUSED_FILL)
+            if fill == FUSED_FILL and self.attention.node.target is CUDNN:
+                fill = -inf
+            absorbs = fill <= ABSORBING
             leaf = settle(condition, index)
             mask = Term((Mask(leaf, keep, fill, addend=self.addend),))
             if constant(kept) is None and (absorbs or not self.addend):
@@ -335,20 +337,13 @@ class Evaluator:
         return self._sum(shape(key)[2], attend, time=True)
 
     def _fused_mask(self, call: Node, index: Index) -> list[Term]:
-        """The fill with which torch writes a boolean mask for cuDNN hides the token."""
         names = {a.name for a in call.target._schema.arguments} & {"attn_mask", "attn_bias"}
         mask = argument(call, *names) if names else None
         if mask is None:
             return []
         if dtype(mask) is torch.bool:
             return [Term((Mask(settle(mask, index), True, -inf),))]
-
-        def hiding(factor: Factor) -> Factor:
-            hides = isinstance(factor, Mask) and factor.fill == FUSED_FILL
-            return replace(factor, fill=-inf) if hides else factor
-
-        terms = self._addend(mask, index)
-        return [replace(t, factors=tuple(map(hiding, t.factors))) for t in terms]
+        return self._addend(mask, index)
 
 
 def scaling(node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:

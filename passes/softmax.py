@@ -21,6 +21,7 @@ from mla_compile.passes.graph import (
     FUSED_ATTENTION,
     RENAMES,
     RESHAPES,
+    SUM,
     WHOLE,
     aten,
     constant,
@@ -121,7 +122,7 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
 
 
 def row_sums(graph: Graph) -> Iterator[RowSum]:
-    for total in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+    for total in graph.find_nodes(op="call_function", target=SUM):
         exponential = original(total.args[0])
         if exponential.target is not aten.exp.default or len(total.args[1]) != 1:
             continue
@@ -203,14 +204,11 @@ def is_attention(softmax: Normalised) -> bool:
     """
 
     def made(node: Node) -> list[Node]:
-        users = [u for u in node.users if is_tensor(u) and not sums(u)]
+        users = [u for u in node.users if is_tensor(u) and u.target is not SUM]
         return [u for u in users if u.target in CARRIERS or same_sizes(shape(u), shape(node))]
 
-    def sums(node: Node) -> bool:
-        return node.target is aten.sum.dim_IntList
-
     return softmax.scores is None or any(
-        user.target in CONTRACTIONS or (sums(user) and original(node) is not softmax.node)
+        user.target in CONTRACTIONS or (user.target is SUM and original(node) is not softmax.node)
         for node in reached(softmax.node, made)
         for user in node.users
     )
@@ -229,7 +227,7 @@ def has_queries(softmax: Normalised) -> bool:
         return [x for x in inputs if same_sizes(shape(x), shape(node))]
 
     def contracts(node: Node) -> bool:
-        summed = node.target is aten.sum.dim_IntList and node.args[0].target is aten.mul.Tensor
+        summed = node.target is SUM and node.args[0].target is aten.mul.Tensor
         return summed or node.target in CONTRACTIONS | FUSED_ATTENTION
 
     before = reached(softmax.scores or softmax.node, joined)
@@ -291,7 +289,7 @@ def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
         path.add(user)
         if user.target in CONTRACTIONS and node in user.args[-2:]:
             return user, frozenset(path)
-        summed = user.args[1] if user.target is aten.sum.dim_IntList else ()
+        summed = user.args[1] if user.target is SUM else ()
         if node.target is aten.mul.Tensor and len(summed) == 1:
             return user, frozenset(path)
         if is_random(user) or any(is_random(a) for a in user.all_input_nodes):
