@@ -187,10 +187,8 @@ class Evaluator:
         through = exact or context is Context.SCORE or not self._stops(node, index)
         return node.args[0] if through else None
 
-    def _sum(self, size: Size, body: Callable[[Entry], list[Term]], time: bool) -> list[Term]:
-        """Σ over a fresh label of body(entry); evaluated again when the label has to be split."""
-        if equal(size, 1):
-            return body(())
+    def _sum(self, sizes: list[Size], body: Callable[..., list[Term]], time: bool) -> list[Term]:
+        """Σ over a fresh label for each size of body(*entries), again where one has to be split."""
 
         def over(index: Index) -> list[Term]:
             labels = labels_of(index)
@@ -200,7 +198,8 @@ class Evaluator:
                 self.features |= labels
             return [replace(t, summed=t.summed | labels) for t in body(*index)]
 
-        return splitting((whole(Label("t" if time else "k", size)),), over)
+        labels = (Label("t" if time else "k", n) for n in sizes)
+        return splitting(tuple(() if equal(x.size, 1) else whole(x) for x in labels), over)
 
     def _product(self, *factors: tuple[Node, Index]) -> list[Term]:
         left, right = (self.evaluate(*factor) for factor in factors)
@@ -211,7 +210,7 @@ class Evaluator:
         *added, a, b = node.args
         *batch, row, column = index
         terms = self._sum(
-            shape(a)[-1],
+            [shape(a)[-1]],
             lambda k: self._product((a, (*batch, row, k)), (b, (*batch, k, column))),
             time=node is self.attention.contraction,
         )
@@ -231,14 +230,12 @@ class Evaluator:
             for d in dims:
                 index = (*index[:d], (), *index[d:])
 
-        def nest(index: Index, dims: list[int]) -> list[Term]:
-            if not dims:
-                return self.evaluate(source, index, Context.PRODUCT)
-            d, *others = dims
-            inner = lambda k: nest((*index[:d], k, *index[d + 1 :]), others)  # noqa: E731
-            return self._sum(sizes[d], inner, time=node is self.attention.contraction)
+        def read(*entries: Entry) -> list[Term]:
+            at = dict(enumerate(index)) | dict(zip(dims, entries, strict=True))
+            return self.evaluate(source, tuple(at.values()), Context.PRODUCT)
 
-        return nest(index, dims)
+        over = [sizes[d] for d in dims]
+        return self._sum(over, read, time=node is self.attention.contraction)
 
     def _addend(self, node: Node, index: Index) -> list[Term]:
         """A part of the scores that others are added to."""
@@ -325,7 +322,7 @@ class Evaluator:
 
         def attend(t: Entry) -> list[Term]:
             score = self._sum(
-                width,
+                [width],
                 lambda k: self._product((query, (batch, head, row, k)), (key, (batch, of_k, t, k))),
                 time=False,
             )
@@ -334,7 +331,7 @@ class Evaluator:
             softmax = Term((self._rows(score, (batch, head, row), t),))
             return [softmax.times(v) for v in self.evaluate(value, (batch, of_v, t, column))]
 
-        return self._sum(shape(key)[2], attend, time=True)
+        return self._sum([shape(key)[2]], attend, time=True)
 
     def _fused_mask(self, call: Node, index: Index) -> list[Term]:
         names = {a.name for a in call.target._schema.arguments} & {"attn_mask", "attn_bias"}
