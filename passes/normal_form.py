@@ -171,7 +171,7 @@ class Evaluator:
         except Split as split:
             stops, of_feature = self._stops(node, index), split.label in self.features
             timeless = not labels_of(index) & self.time
-            if len(split.ways) == 1:
+            if len(split.ways) == 1:  # into an outer and an inner label
                 leaf = stops and (timeless or of_feature)
             else:
                 leaf = stops or not of_feature

@@ -45,20 +45,19 @@ def table_of(key: Leaf, batch: Group, time: Group) -> tuple[Leaf, Group, Label] 
         return None
     dim, table = key.tables[0]
     pages = tuple(x for x in time if x in table.labels)
-    inside = labels_of(key.index[:dim] + key.index[dim + 1 :])
-    if not pages or pages != time[: len(pages)] or not table.labels <= {*batch, *pages}:
-        return None
-    if inside & {*batch, *pages}:
+    inside, of_table = labels_of(key.index[:dim] + key.index[dim + 1 :]), {*batch, *pages}
+    apart = table.labels <= of_table and not inside & of_table
+    if not (pages and pages == time[: len(pages)] and apart):
         return None
     return table, pages, Label("page", shape(key.node)[dim])
 
 
 def whole_pages(keys: list[Leaf], token: Label) -> tuple[list[Leaf], Group]:
     """Keys that read a slice of the tokens, as keys of all tokens; the op is told the length."""
-    cut = [d for key in keys for d in every_digit(key.index) if d.label is token]
-    base = cut[0].base if cut else token.size
+    digits = [d for key in keys for d in every_digit(key.index) if d.label is token]
+    base = digits[0].base
     tabled = any(token in table.labels for key in keys for _, table in key.tables)
-    sliced = all(equal(d.offset, 0) and equal(d.base, base) for d in cut)
+    sliced = all(equal(d.offset, 0) and equal(d.base, base) for d in digits)
     if tabled or not sliced or equal(base, token.size):
         return keys, (token,)
 

@@ -304,10 +304,11 @@ def read_wider(root: Node, type_: torch.dtype) -> Node | None:
     def fits(node: Node) -> bool:
         return torch.promote_types(dtype(node), type_) is type_
 
+    if fits(root):
+        return None
     views = reached(root, lambda n: [user for user in n.users if user.target in RENAMES])
-    users = [] if fits(root) else [user for view in views for user in readers(view)]
-    others = (user for user in users if user.target not in RENAMES)
-    return next((u for u in others if u.target not in CASTS or not fits(u)), None)
+    users = (user for view in views for user in readers(view) if user.target not in RENAMES)
+    return next((u for u in users if u.target not in CASTS or not fits(u)), None)
 
 
 def check_private(expanded: set[Node], attention: Attention, beside: Collection[Node]) -> None:

@@ -108,10 +108,9 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
             if is_division(user) and user.args[0] is e
             if per_row(user.args[1], e, row.axis) is row.total
         ]
+        later = Normalised(row.exponential, scores, row.axis, row.total, sums)
         nodes = (without_empty_rows(division, scores, row.axis) for division in divided)
-        found += [Normalised(node, scores, row.axis, None, sums) for node in nodes]
-        if not divided:
-            found.append(Normalised(row.exponential, scores, row.axis, row.total, sums))
+        found += [replace(later, node=node, total=None) for node in nodes] or [later]
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
         for row in sums if shift is not None else ():
