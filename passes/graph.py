@@ -17,7 +17,6 @@ prims = torch.ops.prims
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTEGERS = frozenset({torch.int32, torch.int64})
 CASTS = frozenset({prims.convert_element_type.default})
-SUM = aten.sum.dim_IntList
 CONTRACTIONS = frozenset(f.default for f in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm))
 FUSED_ATTENTION = frozenset(
     {
@@ -46,6 +45,11 @@ def reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[Nod
         new = [x for x in dict.fromkeys(step(node)) if x not in seen]
         seen.update(new)
         todo += new
+
+
+def is_sum(node: Node) -> bool:
+    """Over dimensions, in floating point: a sum of integers cuts what it adds up."""
+    return node.target is aten.sum.dim_IntList and dtype(node) in FLOATS
 
 
 def readers(node: Node) -> list[Node]:

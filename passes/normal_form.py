@@ -21,12 +21,12 @@ from mla_compile.passes.graph import (
     CASTS,
     CONTRACTIONS,
     FLOATS,
-    SUM,
     argument,
     aten,
     constant,
     dtype,
     is_scalar_tensor,
+    is_sum,
     is_tensor,
     shape,
     strip,
@@ -142,7 +142,7 @@ class Evaluator:
             return self._fused(node.args[0], index)
         if node.target in CONTRACTIONS:
             return self._contraction(node, index)
-        if node.target is SUM:
+        if is_sum(node):
             return self._reduction(node, index)
         product = node.target is aten.mul.Tensor and all(map(is_tensor, node.args))
         if product and context is Context.PRODUCT:

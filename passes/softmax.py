@@ -21,11 +21,11 @@ from mla_compile.passes.graph import (
     FUSED_ATTENTION,
     RENAMES,
     RESHAPES,
-    SUM,
     WHOLE,
     aten,
     constant,
     dtype,
+    is_sum,
     is_tensor,
     reached,
     readers,
@@ -121,7 +121,7 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
 
 
 def row_sums(graph: Graph) -> Iterator[RowSum]:
-    for total in graph.find_nodes(op="call_function", target=SUM):
+    for total in filter(is_sum, graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
         exponential = original(total.args[0])
         if exponential.target is not aten.exp.default or len(total.args[1]) != 1:
             continue
@@ -203,11 +203,11 @@ def is_attention(softmax: Normalised) -> bool:
     """
 
     def made(node: Node) -> list[Node]:
-        users = [u for u in node.users if is_tensor(u) and u.target is not SUM]
+        users = [u for u in node.users if is_tensor(u) and not is_sum(u)]
         return [u for u in users if u.target in CARRIERS or same_sizes(shape(u), shape(node))]
 
     return softmax.scores is None or any(
-        user.target in CONTRACTIONS or (user.target is SUM and original(node) is not softmax.node)
+        user.target in CONTRACTIONS or (is_sum(user) and original(node) is not softmax.node)
         for node in reached(softmax.node, made)
         for user in node.users
     )
@@ -226,7 +226,7 @@ def has_queries(softmax: Normalised) -> bool:
         return [x for x in inputs if same_sizes(shape(x), shape(node))]
 
     def contracts(node: Node) -> bool:
-        summed = node.target is SUM and node.args[0].target is aten.mul.Tensor
+        summed = is_sum(node) and node.args[0].target is aten.mul.Tensor
         return summed or node.target in CONTRACTIONS | FUSED_ATTENTION
 
     before = reached(softmax.scores or softmax.node, joined)
@@ -288,7 +288,7 @@ def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
         path.add(user)
         if user.target in CONTRACTIONS and node in user.args[-2:]:
             return user, frozenset(path)
-        summed = user.args[1] if user.target is SUM else ()
+        summed = user.args[1] if is_sum(user) else ()
         if node.target is aten.mul.Tensor and len(summed) == 1:
             return user, frozenset(path)
         if is_random(user) or any(is_random(a) for a in user.all_input_nodes):

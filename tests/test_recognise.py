@@ -455,6 +455,25 @@ def test_exponentials_that_no_sum_divides_are_no_attention() -> None:
     assert compiled.verdicts == []
 
 
+def exponentials_over_a_sum_of_integers(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).float().exp()
+    p = e / e.sum(-1, keepdim=True, dtype=torch.int64)
+    return torch.einsum("bsht,btc->bshc", p, x.kv_c)
+
+
+def values_summed_as_integers(x: Inputs) -> Tensor:
+    p = absorbed_scores(x).softmax(-1)
+    return (p[..., None] * x.kv_c[:, None, None]).sum(3, dtype=torch.int64).float()
+
+
+@pytest.mark.parametrize("fn", [exponentials_over_a_sum_of_integers, values_summed_as_integers])
+def test_a_sum_of_integers_is_no_sum(fn: Callable[[Inputs], Tensor]) -> None:
+    x = inputs()
+    compiled = Compiled(fn)
+    torch.testing.assert_close(compiled(x), fn(x), rtol=1e-5, atol=1e-5)
+    assert compiled.count(OP) == 0
+
+
 def test_a_training_graph_is_left_alone() -> None:
     x = inputs()
     x.kv_c.requires_grad_()
