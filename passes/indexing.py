@@ -252,7 +252,7 @@ def _same(node: Node, index: Index) -> Read:
 def _reshape(node: Node, index: Index) -> Read:
     """The digits of the whole index, dealt out anew to the dimensions of the source.
 
-    Where one is on both sides of a border a constant is split, and a label has to be refined.
+    One on both sides of a border is split where only its inner part varies, else it is refined.
     """
     digits = [d for entry in index for d in entry if not equal(d.base, 1)]
     entries: list[Entry] = []
@@ -268,13 +268,15 @@ def _reshape(node: Node, index: Index) -> Read:
                 inner = size // span
                 if not (equal(span * inner, size) and divides(inner, digit.base)):
                     return None
-                sizes = (digit.offset, digit.label.size) if isinstance(digit.label, Label) else ()
-                if sizes and all(divides(inner, n) for n in sizes):
-                    raise refined(digit.label, inner)
-                if digit.label is not None:
+                label, begin = digit.label, digit.offset % inner
+                if isinstance(label, Leaf):
+                    return None
+                if label and not true(begin + label.size <= inner):
+                    if divides(inner, digit.offset) and divides(inner, label.size):
+                        raise refined(label, inner)
                     return None
                 digits.append(Digit(None, digit.offset // inner, digit.base // inner))
-                digit, reach = Digit(None, digit.offset % inner, inner), size
+                digit, reach = Digit(label, begin, inner), size
             entry.insert(0, digit)
             span = reach
         entries.insert(0, tuple(entry))

@@ -98,6 +98,12 @@ def values_unbound_from_another_layer(x: Inputs) -> Tensor:
     return attend(absorbed_scores(replace(x, kv_c=keys)).softmax(-1), x, values)
 
 
+def values_from_the_other_half_of_a_batch(x: Inputs) -> Tensor:
+    B = x.kv_c.shape[0]
+    layers = torch.stack([x.kv_c + 1, x.kv_c]).flatten(0, 1)
+    return attend(absorbed_scores(replace(x, kv_c=layers[B:])).softmax(-1), x, layers[:B])
+
+
 def values_of_another_sequence(x: Inputs) -> Tensor:
     return attend(absorbed_scores(x).softmax(-1), x, x.kv_c[:1].expand_as(x.kv_c))
 
@@ -415,6 +421,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (values_shifted_by_padding, Reason.VALUE),
     (values_of_half_the_tokens_repeated, Reason.VALUE),
     (values_unbound_from_another_layer, Reason.VALUE),
+    (values_from_the_other_half_of_a_batch, Reason.VALUE),
     (values_of_another_sequence, Reason.VALUE),
     (values_from_before_the_cache_write, Reason.VALUE),
     (score_squared, Reason.SCORE),

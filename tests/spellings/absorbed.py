@@ -179,6 +179,13 @@ def absorbed_scale_of_one_element(x: Inputs) -> Tensor:
     return weighed(absorbed_scores(x) / (4 + x.q_pe.flatten()[:1].sigmoid()), x)
 
 
+def absorbed_from_the_second_half_of_a_batch(x: Inputs) -> Tensor:
+    """Two layers in one dimension: no label is split where it stays within one of them."""
+    layers = torch.stack([x.kv_c + 1, x.kv_c]).flatten(0, 1)
+    own = replace(x, kv_c=layers[x.kv_c.shape[0] :])
+    return weighed(absorbed_scores(own), own)
+
+
 def absorbed_bias_of_every_head(x: Inputs) -> Tensor:
     """ALiBi: an additive mask with a head dimension."""
     slopes = 0.5 ** numbers(x)[1 : x.N + 1]
