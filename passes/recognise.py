@@ -269,7 +269,7 @@ def check(found: MLASite, value: Term) -> None:
     No factor is a diagonal, and the output has rows, value dimensions, and nothing else.
     """
     leaves = [leaf for term in found.terms for leaf in (*term.factors, term.key)]
-    for leaf in (*leaves, *found.values.factors, *(m.leaf for m in found.masks)):
+    for leaf in (*leaves, *found.values.factors, *found.biases, *(m.leaf for m in found.masks)):
         labels = every_label(leaf.index)
         if len(set(labels)) != len(labels):
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
