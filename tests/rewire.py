@@ -72,9 +72,12 @@ def like(a: Tensor, b: Tensor) -> bool:
 
 
 def laid_out(x: Node, t: Tensor) -> Node:
-    """In memory in the order of `t`, of which a view is taken later."""
+    """In memory in the order of `t`, of which a view is taken later.
+
+    What `t` expands comes first: fused attention on a CPU takes the innermost stride to be 1.
+    """
     call, dims = x.graph.call_function, range(t.dim())
-    order = sorted(dims, key=t.stride, reverse=True)
+    order = sorted(dims, key=lambda d: t.stride(d) or t.numel(), reverse=True)
     x = call(aten.permute.default, (x, order))
     x = call(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
     return call(aten.permute.default, (x, [order.index(d) for d in dims]))
