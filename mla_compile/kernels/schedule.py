@@ -35,7 +35,7 @@ def _at(index, values, b):
 
 @gluon.jit
 def count_tiles(lengths, num_sequences, PAGE_SIZE, KEYS, BLOCK_B, LANES: gl.constexpr):
-    """Of each sequence, [BLOCK_B], all in each warp; loaded long before `share` waits for them."""
+    """Of each sequence, [BLOCK_B], all in each warp; a kernel may load them long before `share`."""
     ALL: gl.constexpr = gl.BlockedLayout([BLOCK_B // LANES], [LANES], [gl.num_warps()], [0])
     index = gl.arange(0, BLOCK_B, layout=ALL)
     length, _ = cdna.key_count(gl.minimum(index, num_sequences - 1), lengths, PAGE_SIZE)
