@@ -4,6 +4,7 @@ item is, masks of keys, turns in rings of buffers, and what takes a line of PTX.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 import mla_compile.kernels.cdna as cdna
 import mla_compile.kernels.schedule as schedule
@@ -88,6 +89,24 @@ def turn(g, COUNT: gl.constexpr):
     """Which of COUNT buffers step g takes, and the phase of its barriers."""
     g = g.to(gl.uint32)  # signed division by 2 costs registers
     return (g % COUNT).to(gl.int32), (g // COUNT & 1).to(gl.int32)
+
+
+@gluon.jit
+def opaque(x):
+    """x, of which the compiler knows nothing: descriptors made of it are made where they are used.
+    Else it keeps them from one tile to the next, in twice as many registers as there are left."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def arrived(full, g, COUNT: gl.constexpr):
+    """Which of COUNT buffers step g takes, once its tile is there for wgmma to read."""
+    s, phase = turn(g, COUNT)
+    mbarrier.wait(full.index(s), phase)
+    fence_async_shared()
+    return opaque(s)
 
 
 @gluon.jit

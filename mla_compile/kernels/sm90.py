@@ -38,16 +38,13 @@ from mla_compile.kernels.split import HIDDEN
 LAG: gl.constexpr = gl.constexpr(8.0)  # powers of two by which scores may outgrow m
 UNSEEN: gl.constexpr = gl.constexpr(-3.3e38)  # m before the first key: -inf - -inf is NaN
 # Registers a thread of values, values and gather; scores has what is left of 512.
-REGISTERS: gl.constexpr = gl.constexpr([160, 160, 32])
+REGISTERS: gl.constexpr = gl.constexpr([160, 160, 24])
 
 
 @gluon.jit
 def _score_left(acc, q, left, left_full, g):
-    s, phase = hopper.turn(g, LEFT)
-    mbarrier.wait(left_full.index(s), phase)
-    fence_async_shared()
-    k = left.index(s).permute((1, 0))
-    return warpgroup_mma(q, k, acc, use_acc=False, is_async=True)
+    k = left.index(hopper.arrived(left_full, g, LEFT)).permute((1, 0))
+    return warpgroup_mma(q.index(hopper.opaque(0)), k, acc, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -55,14 +52,12 @@ def _score_right(acc, q, tiles, full, g):
     q_right, q_last, q_pe = q
     _, right, last, rope = tiles
     _, right_full, last_full = full
-    s, phase = hopper.turn(g, RIGHT)
-    mbarrier.wait(right_full.index(s), phase)
-    fence_async_shared()
+    s = hopper.arrived(right_full, g, RIGHT)
     acc = warpgroup_mma(q_right, right.index(s).permute((1, 0)), acc, is_async=True)
-    mbarrier.wait(last_full.index(s), phase)
-    fence_async_shared()
+    s = hopper.arrived(last_full, g, RIGHT)
     acc = warpgroup_mma(q_last, last.index(s).permute((1, 0)), acc, is_async=True)
-    return warpgroup_mma(q_pe, rope.index(s).permute((1, 0)), acc, is_async=True)
+    k = rope.index(s).permute((1, 0))
+    return warpgroup_mma(q_pe.index(hopper.opaque(0)), k, acc, is_async=True)
 
 
 @gluon.jit
@@ -306,8 +301,8 @@ def sm90_kernel(
     DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_smem = gl.allocate_shared_memory(DTYPE, [ROWS, HALF], TILE)
-    q_pe_smem = gl.allocate_shared_memory(DTYPE, [ROWS, R], TILE)
+    q_smem = gl.allocate_shared_memory(DTYPE, [1, ROWS, HALF], TILE)  # rings of one
+    q_pe_smem = gl.allocate_shared_memory(DTYPE, [1, ROWS, R], TILE)
     left = gl.allocate_shared_memory(DTYPE, [LEFT, KEYS, HALF], TILE)
     right = gl.allocate_shared_memory(DTYPE, [RIGHT, KEYS, PART], TILE)
     last = gl.allocate_shared_memory(DTYPE, [RIGHT, KEYS, PART], TILE)
