@@ -23,12 +23,24 @@ def _finite(m):
 
 
 @triton.jit
+def _load_tiles(ptr, i, parts, COLS: tl.constexpr, LKV: tl.constexpr):
+    """Parts i of two rows, [2, parts, cols]. As they lie: a lane of wgmma's has 4 adjacent, of the
+    columns of two rows two each, and with three other lanes 64 bytes."""
+    flat = tl.arange(0, 2 * COLS)
+    at = flat // 16 * 128 + flat % 16
+    part_out = tl.load(
+        ptr + (i * (16 * LKV))[:, None] + at[None, :], mask=(i < parts)[:, None], other=0.0
+    )
+    part_out = part_out.reshape(i.shape[0], COLS // 2, 2, 2)
+    return part_out.permute(2, 0, 1, 3).reshape(2, i.shape[0], COLS)
+
+
+@triton.jit
 def _merge(
     part_out_ptr,
     part_ml_ptr,
     first,  # [rows]: where the parts of each begin
-    tile,  # [rows]: the same, in elements of tiles, else None
-    col_at,  # [cols]: where in a part they lie
+    tile_ptr,  # where those of two rows begin in tiles, else None
     real,  # [rows]
     parts,
     cols,
@@ -47,12 +59,14 @@ def _merge(
         there = real[:, None] & (i < parts)[None, :]
         part_m = tl.load(part_ml_ptr + part * 2, mask=there, other=float("-inf"))
         part_l = tl.load(part_ml_ptr + part * 2 + 1, mask=there, other=0.0)
-        at = part * LKV if tile is None else tile[:, None] + (i * (16 * LKV))[None, :]
-        part_out = tl.load(
-            part_out_ptr + at[:, :, None] + col_at[None, None, :],
-            mask=there[:, :, None] & (cols < LKV)[None, None, :],
-            other=0.0,
-        )
+        if tile_ptr is None:
+            part_out = tl.load(
+                part_out_ptr + (part * LKV)[:, :, None] + cols[None, None, :],
+                mask=there[:, :, None] & (cols < LKV)[None, None, :],
+                other=0.0,
+            )
+        else:
+            part_out = _load_tiles(tile_ptr, i, parts, cols.shape[0], LKV)
         m_new = tl.maximum(m, tl.max(part_m, 1))
         weight = part_l * tl.exp2(part_m - _finite(m_new)[:, None])
         fade = tl.exp2(m - _finite(m_new))
@@ -98,21 +112,18 @@ def combine_kernel(
     cols = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     if TILED:
         row = pid // 8 * 16 + pid % 8 + 8 * tl.arange(0, 2)
-        tile = row // 16 * num_splits * (16 * LKV) + row % 8 * 16 + row // 8 % 2 * 2
-        col_at = cols // 8 * 128 + cols % 8 // 2 * 4 + cols % 2
-        col_at = tl.max_contiguous(tl.multiple_of(col_at, 2), 2)
+        tile_ptr = part_out_ptr + pid // 8 * num_splits * (16 * LKV) + pid % 8 * 16
+        tile_ptr += tl.program_id(1) * (16 * BLOCK_L)
     else:
         row = pid + tl.arange(0, 1)
-        tile = None
-        col_at = cols
+        tile_ptr = None
     real = row >= 0
     first = row * num_splits
     merged = _merge(
         part_out_ptr,
         part_ml_ptr,
         first,
-        tile,
-        col_at,
+        tile_ptr,
         real,
         num_splits,
         cols,
@@ -169,7 +180,7 @@ def combine_cut_kernel(
             row = block + tl.arange(0, 4)
             real = row < end
             merged = _merge(
-                part_out_ptr, part_ml_ptr, slot + row, None, cols, real, parts, cols, LKV, ROWS, 2
+                part_out_ptr, part_ml_ptr, slot + row, None, real, parts, cols, LKV, ROWS, 2
             )
             row += q_start * N
             _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)
@@ -178,7 +189,7 @@ def combine_cut_kernel(
             row = block + tl.arange(0, 1)
             real = row < end
             merged = _merge(
-                part_out_ptr, part_ml_ptr, slot + row, None, cols, real, parts, cols, LKV, ROWS, 8
+                part_out_ptr, part_ml_ptr, slot + row, None, real, parts, cols, LKV, ROWS, 8
             )
             row += q_start * N
             _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)
