@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
 
-N, LKV, ROWS = 3, 32, 16
+LKV = 32
 # Parts of each sequence, 0 where it is whole, and the group in which it begins.
 CUTS = [(0, 0), (2, 0), (0, 1), (0, 1), (5, 1), (3, 5), (2, 7), (0, 8)]
 GROUPS = 10
@@ -34,6 +34,12 @@ def merged(part_out: Tensor, part_ml: Tensor) -> tuple[Tensor, Tensor]:
     return (part_out.double() * weight[..., None]).sum(0), lse
 
 
+def as_tiles(part_out: Tensor) -> Tensor:
+    """[parts, rows, LKV] as [parts, rows / 16, 16 * LKV]: rows are (h, r), columns (j, t, e)."""
+    tiles = part_out.reshape(len(part_out), -1, 2, 8, LKV // 8, 4, 2)
+    return tiles.permute(0, 1, 4, 3, 5, 2, 6).reshape(len(part_out), -1, 16 * LKV)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
 @pytest.mark.parametrize("num_splits", [3, 9])
@@ -45,9 +51,8 @@ def test_splits_are_merged(device: str, tiled: bool, num_splits: int) -> None:
     empty[7] = True
     part_out[empty], part_ml[empty] = 0, torch.tensor([-math.inf, 0])
     expected, expected_lse = merged(part_out.transpose(0, 1), part_ml.transpose(0, 1))
-    if tiled:  # 16 rows are (h, r), LKV columns (j, t, e)
-        tiles = part_out.view(rows // 16, 2, 8, num_splits, LKV // 8, 4, 2)
-        part_out = tiles.permute(0, 3, 4, 2, 5, 1, 6).contiguous()
+    if tiled:
+        part_out = as_tiles(part_out.transpose(0, 1)).transpose(0, 1).contiguous()
     out, lse = torch.full((2, 16, LKV), math.nan), torch.full((2, 16), math.nan)
     tensors = [t.to(device) for t in (part_out, part_ml, out, lse)]
     strides = {"stride_ot": 16 * LKV, "stride_on": LKV}
@@ -63,9 +68,11 @@ def test_splits_are_merged(device: str, tiled: bool, num_splits: int) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ragged", [False, True], ids=["as-many-tokens", "ragged-tokens"])
 @pytest.mark.parametrize("shares", [1, 4], ids=["a-program", "4-programs"])
+@pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
 def test_cut_sequences_are_merged_and_whole_ones_kept(
-    device: str, ragged: bool, shares: int
+    device: str, ragged: bool, shares: int, tiled: bool
 ) -> None:
+    N, ROWS = (16, 64) if tiled else (3, 16)
     tokens = TOKENS if ragged else [4] * len(CUTS)
     starts = [0, *torch.tensor(tokens).cumsum(0).tolist()]
     part_out = torch.full((2 * GROUPS, ROWS, LKV), math.nan)
@@ -91,11 +98,14 @@ def test_cut_sequences_are_merged_and_whole_ones_kept(
             expected[starts[b] : starts[b + 1]] = o.nan_to_num(0).view(-1, N, LKV)
             expected_lse[starts[b] : starts[b + 1]] = lse_b.view(-1, N)
 
+    if tiled:
+        part_out = as_tiles(part_out)
     part_out, part_ml, out, lse = (t.to(device) for t in (part_out, part_ml, out, lse))
     qo_indptr = torch.tensor(starts, dtype=torch.int32, device=device) if ragged else None
     tensors = (part_out, part_ml, out, lse, qo_indptr)
     strides = {"stride_ot": N * LKV, "stride_on": LKV}
-    constants = {"N": N, "LKV": LKV, "ROWS": ROWS, "SHARES": shares, "BLOCK_L": LKV, "EARLY": False}
-    combine_cut_kernel[(GROUPS * shares,)](*tensors, 4, GROUPS, **strides, **constants)
+    constants = {"N": N, "LKV": LKV, "ROWS": ROWS, "SHARES": shares, "BLOCK_L": LKV}
+    flags = {"EARLY": False, "TILED": tiled}
+    combine_cut_kernel[(GROUPS * shares,)](*tensors, 4, GROUPS, **strides, **constants, **flags)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=1e-5, atol=1e-5)

@@ -23,16 +23,20 @@ def _finite(m):
 
 
 @triton.jit
-def _load_tiles(ptr, i, parts, COLS: tl.constexpr, LKV: tl.constexpr):
-    """Parts i of two rows, [2, parts, cols]. As they lie: a lane of wgmma's has 4 adjacent, of the
-    columns of two rows two each, and with three other lanes 64 bytes."""
-    flat = tl.arange(0, 2 * COLS)
-    at = flat // 16 * 128 + flat % 16
-    part_out = tl.load(
-        ptr + (i * (16 * LKV))[:, None] + at[None, :], mask=(i < parts)[:, None], other=0.0
-    )
-    part_out = part_out.reshape(i.shape[0], COLS // 2, 2, 2)
-    return part_out.permute(2, 0, 1, 3).reshape(2, i.shape[0], COLS)
+def _tile_rows(pair, PAIRS: tl.constexpr):
+    """Rows r and r + 8 of a tile are side by side in it: those of some adjacent pairs."""
+    i = tl.arange(0, 2 * PAIRS)
+    return pair // 8 * 16 + pair % 8 + i // PAIRS * 8 + i % PAIRS
+
+
+@triton.jit
+def _load_tiles(ptr, apart, there, PAIRS: tl.constexpr, COLS: tl.constexpr):
+    """Parts of the rows of PAIRS, [rows, parts, cols], 64 adjacent bytes of each pair."""
+    flat = tl.arange(0, 2 * PAIRS * COLS)
+    at = flat // (16 * PAIRS) * 128 + flat % (16 * PAIRS)
+    part_out = tl.load(ptr + apart[:, None] + at[None, :], mask=there[:, None], other=0.0)
+    part_out = part_out.reshape(apart.shape[0], COLS // 8, PAIRS, 4, 2, 2)
+    return part_out.permute(4, 2, 0, 1, 3, 5).reshape(2 * PAIRS, apart.shape[0], COLS)
 
 
 @triton.jit
@@ -40,7 +44,7 @@ def _merge(
     part_out_ptr,
     part_ml_ptr,
     first,  # [rows]: where the parts of each begin
-    tile_ptr,  # where those of two rows begin in tiles, else None
+    tile_ptr,  # where those of the first row begin in tiles, else None
     real,  # [rows]
     parts,
     cols,
@@ -55,7 +59,8 @@ def _merge(
     for start in tl.range(0, parts, BLOCK_S):
         i = start + tl.arange(0, BLOCK_S)
         # Of a group's two slots one is for what goes on from before, one for what begins in it.
-        part = first[:, None] + (i if APART == 0 else (2 * i - (i > 0)) * APART)[None, :]
+        apart = i if APART == 0 else (2 * i - (i > 0)) * APART
+        part = first[:, None] + apart[None, :]
         there = real[:, None] & (i < parts)[None, :]
         part_m = tl.load(part_ml_ptr + part * 2, mask=there, other=float("-inf"))
         part_l = tl.load(part_ml_ptr + part * 2 + 1, mask=there, other=0.0)
@@ -66,7 +71,9 @@ def _merge(
                 other=0.0,
             )
         else:
-            part_out = _load_tiles(tile_ptr, i, parts, cols.shape[0], LKV)
+            apart *= 16 * LKV if APART == 0 else LKV
+            PAIRS: tl.constexpr = first.shape[0] // 2
+            part_out = _load_tiles(tile_ptr, apart, i < parts, PAIRS, cols.shape[0])
         m_new = tl.maximum(m, tl.max(part_m, 1))
         weight = part_l * tl.exp2(part_m - _finite(m_new)[:, None])
         fade = tl.exp2(m - _finite(m_new))
@@ -111,7 +118,7 @@ def combine_kernel(
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     if TILED:
-        row = pid // 8 * 16 + pid % 8 + 8 * tl.arange(0, 2)
+        row = _tile_rows(pid, 1)
         tile_ptr = part_out_ptr + pid // 8 * num_splits * (16 * LKV) + pid % 8 * 16
         tile_ptr += tl.program_id(1) * (16 * BLOCK_L)
     else:
@@ -135,6 +142,42 @@ def combine_kernel(
     _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, lse)
 
 
+@triton.jit
+def _merge_cut(
+    at,  # of a sequence: (parts' out, parts' m and l, out, lse, stride_ot, stride_on)
+    begin,  # rows, or halves of the columns of pairs that a tile has side by side
+    end,
+    parts,
+    N: tl.constexpr,
+    LKV: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILED: tl.constexpr,
+    BLOCK: tl.constexpr,  # 1 or 4 of them at once
+    BLOCK_S: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    part_out_ptr, part_ml_ptr, out_ptr, lse_ptr, stride_ot, stride_on = at
+    COLS: tl.constexpr = BLOCK_L // 2 if TILED and BLOCK == 1 else BLOCK_L
+    for block in tl.range(begin, end, BLOCK):
+        first_col = block % (BLOCK_L // COLS) * COLS
+        cols = first_col + tl.arange(0, COLS)
+        if TILED:
+            pair = block // 2
+            row = _tile_rows(pair, (BLOCK + 1) // 2)
+            real = row >= 0
+            tile_ptr = part_out_ptr + pair // 8 * (16 * LKV) + pair % 8 * 16 + first_col * 16
+        else:
+            row = block + tl.arange(0, BLOCK)
+            real = row < end
+            tile_ptr = None
+        merged = _merge(
+            part_out_ptr, part_ml_ptr, row, tile_ptr, real, parts, cols, LKV, ROWS, BLOCK_S
+        )
+        row = row.to(tl.int64)
+        lse = real & (first_col + tl.arange(0, 1) == 0)
+        _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, lse)
+
+
 @triton.jit(do_not_specialize=["num_groups"])
 def combine_cut_kernel(
     part_out_ptr,  # [2 * num_groups, ROWS, LKV] fp32
@@ -150,6 +193,7 @@ def combine_cut_kernel(
     LKV: tl.constexpr,
     ROWS: tl.constexpr,  # of a slot: all of a sequence, in whole row blocks
     EARLY: tl.constexpr,
+    TILED: tl.constexpr,
     SHARES: tl.constexpr,  # programs of a group
     BLOCK_L: tl.constexpr,
 ):
@@ -170,26 +214,21 @@ def combine_cut_kernel(
         q_start = tl.load(qo_indptr_ptr + b).to(tl.int64)
         sq = (tl.load(qo_indptr_ptr + b + 1) - q_start).to(tl.int32)
     share = tl.cdiv(sq * N, (parts - 1) * SHARES)
+    if parts <= 4:
+        share = tl.cdiv(share, 4) * 4
     begin = ((group - began - 1) * SHARES + tl.program_id(0) % SHARES) * share
     end = tl.minimum(begin + share, sq * N)
-    cols = tl.arange(0, BLOCK_L)
-    slot = (2 * began + 1) * ROWS
+    slot = (2 * began + 1).to(tl.int64) * ROWS
+    at = (
+        part_out_ptr + slot * LKV,
+        part_ml_ptr + slot * 2,
+        out_ptr + q_start * stride_ot,
+        lse_ptr + q_start * N,
+        stride_ot,
+        stride_on,
+    )
     # 8 rows of parts at once: 32 registers a thread of 128, and no sum between warps.
     if parts <= 4:
-        for block in tl.range(begin, end, 4):
-            row = block + tl.arange(0, 4)
-            real = row < end
-            merged = _merge(
-                part_out_ptr, part_ml_ptr, slot + row, None, real, parts, cols, LKV, ROWS, 2
-            )
-            row += q_start * N
-            _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)
+        _merge_cut(at, begin, end, parts, N, LKV, ROWS, TILED, 4, 2, BLOCK_L)
     else:
-        for block in tl.range(begin, end, 1):
-            row = block + tl.arange(0, 1)
-            real = row < end
-            merged = _merge(
-                part_out_ptr, part_ml_ptr, slot + row, None, real, parts, cols, LKV, ROWS, 8
-            )
-            row += q_start * N
-            _store(out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N, LKV, True)
+        _merge_cut(at, begin, end, parts, N, LKV, ROWS, TILED, 1, 8, BLOCK_L)

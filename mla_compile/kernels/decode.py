@@ -243,7 +243,7 @@ def _evenly(
     part_ml = slots * slot_rows * dims.Lkv
     needed = part_ml + 2 * slots * slot_rows + 3 * groups
     _check_workspace(workspace, needed)
-    stage1 = _split(call, config, (groups * row_blocks, dims.B), 1, (*out_strides[:2], 0))
+    stage1 = _split(call, config, (groups * row_blocks, dims.B), 1, (*out_strides[:2], 0), True)
     shares = 8 * row_blocks
     stage2 = Launch(
         combine_cut_kernel,
@@ -252,6 +252,7 @@ def _evenly(
             "max_seqlen_q": dims.Sq,
             "num_groups": groups,
             "ROWS": slot_rows,
+            "TILED": _tiled(dims, config),
             "SHARES": shares,
             "BLOCK_L": ceil_pow2(dims.Lkv),
             **_combined(dims, config, out_strides),
@@ -335,6 +336,7 @@ def _split(
     work: tuple[int, int],  # programs, and the items they share
     splits: int,
     out_strides: tuple[int, ...],
+    even: bool = False,
 ) -> Launch:
     dims, cache, mask = call.dims, call.cache, call.mask
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -379,7 +381,7 @@ def _split(
             "CAUSAL": call.causal,
             "MASK_ROWS": _mask_rows(call),
             "SPLIT": splits > 1,
-            "TILED": splits > 1 and _tiled(dims, config),
+            "TILED": (even or splits > 1) and _tiled(dims, config),
             "BLOCK_B": max(64, ceil_pow2(dims.B)),
             "ALIKE": cache.kv_c.stride()[:2] == cache.k_pe.stride()[:2],
             "RELOAD_V": config.reload_v,

@@ -145,6 +145,19 @@ def _scores(
 
 
 @gluon.jit
+def _store(ptr, acc0, acc1, block, strides, N, num_splits, TILED, A: gl.constexpr):
+    if TILED:
+        hopper.store_tiles(ptr, acc0, block, N, num_splits)
+        hopper.store_tiles(ptr + 16 * PART, acc1, block, N, num_splits)
+    elif ptr.dtype.element_ty == gl.float32:
+        cdna.store_out(ptr, acc0, block, strides, N, ROWS, A)
+        cdna.store_out(ptr + PART, acc1, block, strides, N, ROWS, A)
+    else:
+        hopper.store_out(ptr, acc0, block, strides, N)
+        hopper.store_out(ptr + PART, acc1, block, strides, N)
+
+
+@gluon.jit
 def _values(work, CALL, outs, strides, tiles, shared, STAGES, WHOLE, TILED: gl.constexpr):
     """Two accumulators of PART columns. WHOLE: both have their V in one tile, released at once.
 
@@ -198,17 +211,14 @@ def _values(work, CALL, outs, strides, tiles, shared, STAGES, WHOLE, TILED: gl.c
             scale = 1.0 / gl.where(l_i > 0, l_i, 1.0)
             acc0 *= scale[:, None]
             acc1 *= scale[:, None]
-        if TILED:
-            hopper.store_tiles(out_ptr, acc0, block, N, work[1])
-            hopper.store_tiles(out_ptr + 16 * PART, acc1, block, N, work[1])
-        elif MODE != "even" or block[3] < 0:
-            hopper.store_out(out_ptr, acc0, block, strides, N)
-            hopper.store_out(out_ptr + PART, acc1, block, strides, N)
+        if MODE != "even":
+            _store(out_ptr, acc0, acc1, block, strides, N, work[1], TILED, A)
+        elif block[3] < 0:
+            _store(out_ptr, acc0, acc1, block, strides, N, 1, False, A)
         else:
             part = schedule.part_at(part_out_ptr, block, work[2][3], N, ROWS, LKV)
             alone = schedule.alone(block)
-            cdna.store_out(part, acc0, alone, (N * LKV, LKV, 0), N, ROWS, A)
-            cdna.store_out(part + PART, acc1, alone, (N * LKV, LKV, 0), N, ROWS, A)
+            _store(part, acc0, acc1, alone, (N * LKV, LKV, 0), N, 1, TILED, A)
 
 
 @gluon.jit
@@ -270,7 +280,7 @@ def sm90_kernel(
     PAGE_SIZE: gl.constexpr,  # page_size, or 0 where no table is read
     CAUSAL: gl.constexpr,
     SPLIT: gl.constexpr,  # the KV is split: write what `combine` merges
-    TILED: gl.constexpr,  # those parts lie as `combine` says
+    TILED: gl.constexpr,  # parts lie as `combine` says
     ALIKE: gl.constexpr,  # kv_c and k_pe have the same strides
     BLOCK_B: gl.constexpr,  # a power of two, from `num_items` on where that counts sequences
 ):
@@ -278,14 +288,15 @@ def sm90_kernel(
     lengths = (starts_ptr, lens_ptr, qo_indptr_ptr, max_seqlen_q, page_size)
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
-    outs = (out_ptr, None), (out_ptr + (16 * HALF if TILED else HALF), None)
+    PARTS_HALF: gl.constexpr = 16 * HALF if TILED else HALF
+    outs = (out_ptr, None), (out_ptr + PARTS_HALF, None)
     mask = (None, 0, 0, 0, 0)
     MODE: gl.constexpr = (
         "even" if part_out_ptr is not None else "masked" if mask_ptr is not None else "splits"
     )
     if MODE == "even":
         sequence_tiles = schedule.count_tiles(lengths, num_items, PAGE_SIZE, KEYS, BLOCK_B, 32)
-        outs = (out_ptr, part_out_ptr), (out_ptr + HALF, part_out_ptr + HALF)
+        outs = (out_ptr, part_out_ptr), (out_ptr + HALF, part_out_ptr + PARTS_HALF)
     elif MODE == "masked":
         _, keys = cdna.item(pid, num_splits, lengths, N, PAGE_SIZE, CAUSAL, ROWS, KEYS)
         lo, hi, _, b, _ = keys
