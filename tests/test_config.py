@@ -36,6 +36,7 @@ from mla_compile.kernels.config import (
 from mla_compile.validate import MAX_SPLITS
 
 H200 = 132
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @pytest.mark.parametrize(
@@ -67,10 +68,12 @@ def test_pick(arch: str, rows: int, Lkv: int, size: int, expected: Any) -> None:
     assert pick(arch, rows=rows, Lkv=Lkv, q_bytes=size, kv_bytes=size) == expected
 
 
-def test_amd_archs_have_configs_of_their_own_before_triton_3_8() -> None:
+def test_older_tritons_have_configs_of_their_own_on_amd() -> None:
     assert tuned_arch("gfx950", "3.6.0") == "gfx950-3.6"
     assert tuned_arch("gfx950", "3.10.1+rocm") == "gfx950"
     assert tuned_arch("gfx942", "3.7.0") == "gfx942-3.7"
+    assert tuned_arch("gfx942", "3.8.1") == "gfx942-3.8"
+    assert tuned_arch("gfx950", "3.8.1") == "gfx950"
     assert tuned_arch("sm90", "3.6.0") == "sm90"
 
 
@@ -322,9 +325,11 @@ def compiled() -> list[dict[str, Any]]:
 
 
 def test_configs_never_timed_fit_without_spills_and_use_matrix_units() -> None:
-    found = offline(*UNTIMED, "--plain")
+    """Those of RDNA from Triton 3.9 on: before, it keeps all chunks of a query."""
+    archs = [arch for arch in UNTIMED if arch.startswith("sm") or VERSION >= (3, 9)]
+    found = offline(*archs, "--plain")
     assert {(row["arch"], row["path"]) for row in found} == {
-        (arch, path) for arch in UNTIMED for path in ("bf16", "combine")
+        (arch, path) for arch in archs for path in ("bf16", "combine")
     }
     for row in found:
         assert row["shared"] <= UNTIMED[row["arch"]] * 1024, row
@@ -364,8 +369,8 @@ def test_no_cdna_kernel_spills(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_the_hopper_kernel_hardly_spills(compiled: list[dict[str, Any]]) -> None:
-    """On Triton 3.6 what an item needs once, 16 bytes; on 3.9 parts of the query as well."""
-    allowed = 32 if tuned_arch("gfx942", triton.__version__).endswith("-3.7") else 256
+    """On Triton 3.9 what an item needs once, before not even that."""
+    allowed = 32 if VERSION >= (3, 9) else 0
     hopper = [row for row in compiled if row["path"] == "sm90"]
     assert len(hopper) == 2
     for row in hopper:

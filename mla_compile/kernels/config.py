@@ -88,7 +88,7 @@ _SM100 = (  # 227 KB
     Config(block_m=64, block_n=32, num_warps=8, num_stages=2),
 )
 # In WMMA's layout a whole query fills the 256 registers of gfx11's waves: 200 spill. By chunks
-# 64 rows spill 51-80 there, 32 keys 45-150; on Triton 3.6, which keeps all chunks, so do these.
+# 64 rows spill 51-80 there, 32 keys 45-150; before Triton 3.9, which keeps all chunks, so do these.
 _RDNA = (
     Config(block_m=16, block_n=16, num_warps=8, chunk=64),
     Config(block_m=32, block_n=16, num_warps=8, chunk=64),

@@ -38,8 +38,8 @@ from mla_compile.kernels.split import HIDDEN
 
 LAG: gl.constexpr = gl.constexpr(8.0)  # powers of two by which scores may outgrow m
 UNSEEN: gl.constexpr = gl.constexpr(-3.3e38)  # m before the first key: -inf - -inf is NaN
-# Registers a thread of values, values and gather; scores has what is left of 512. With 32 for gather
-# Triton 3.9 spills in the loop of scores; where it does not, 24 take up to 1 % longer.
+# Registers a thread of values, values and gather; scores has what is left of 512. Of 32 for gather
+# Triton 3.9 spills in the loop of scores; before, 24 take up to 1 % longer.
 GATHER = 24 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32
 REGISTERS: gl.constexpr = gl.constexpr([160, 160, GATHER])
 
