@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mla_compile.kernels.combine import combine_cut_kernel, combine_kernel
 
-LKV = 32
+LKV = 512
 # Parts of each sequence, 0 where it is whole, and the group in which it begins.
-CUTS = [(0, 0), (2, 0), (0, 1), (0, 1), (5, 1), (3, 5), (2, 7), (0, 8)]
-GROUPS = 10
-TOKENS = [2, 1, 4, 0, 4, 3, 1, 2]
+CUTS = [(0, 0), (2, 0), (0, 1), (0, 1), (5, 1), (3, 5), (2, 7), (0, 8), (11, 8)]
+GROUPS = 20
+TOKENS = [2, 1, 4, 0, 4, 3, 1, 2, 2]
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreted"),
     pytest.param("cuda", marks=pytest.mark.gpu, id="compiled"),
@@ -44,7 +44,7 @@ def as_tiles(part_out: Tensor) -> Tensor:
 @pytest.mark.parametrize("tiled", [False, True], ids=["rows", "tiles"])
 @pytest.mark.parametrize("num_splits", [3, 9])
 def test_splits_are_merged(device: str, tiled: bool, num_splits: int) -> None:
-    rows, block_s, block_l = 2 * 16, 4, 16  # of two tokens
+    rows, block_s, block_l = 2 * 16, 4, 256  # of two tokens
     part_out = torch.randn(rows, num_splits, LKV)
     part_ml = torch.stack([torch.randn(rows, num_splits) * 20, torch.rand(rows, num_splits)], -1)
     empty = torch.arange(rows * num_splits).view(rows, num_splits) % 5 == 0
@@ -58,7 +58,15 @@ def test_splits_are_merged(device: str, tiled: bool, num_splits: int) -> None:
     strides = {"stride_ot": 16 * LKV, "stride_on": LKV}
     blocks = {"BLOCK_S": block_s, "BLOCK_L": block_l}
     combine_kernel[(rows // (1 + tiled), LKV // block_l)](
-        *tensors, num_splits, **strides, N=16, LKV=LKV, EARLY=False, TILED=tiled, **blocks
+        *tensors,
+        num_splits,
+        **strides,
+        N=16,
+        LKV=LKV,
+        EARLY=False,
+        TILED=tiled,
+        num_warps=1,
+        **blocks,
     )
     out, lse = tensors[2].cpu().double(), tensors[3].cpu().double()
     torch.testing.assert_close(out, expected.nan_to_num(0).view(2, 16, LKV), rtol=1e-5, atol=1e-5)

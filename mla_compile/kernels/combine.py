@@ -31,7 +31,11 @@ def _tile_rows(pair, PAIRS: tl.constexpr):
 
 @triton.jit
 def _load_tiles(ptr, apart, there, PAIRS: tl.constexpr, COLS: tl.constexpr):
-    """Parts of the rows of PAIRS, [rows, parts, cols], 64 adjacent bytes of each pair."""
+    """Parts of the rows of PAIRS, [rows, parts, cols], 64 adjacent bytes of each pair.
+
+    A thread must have 4 numbers or more: if the two rows of a pair were in different lanes, Triton
+    3.6 would take a maximum over parts from the wrong ones.
+    """
     flat = tl.arange(0, 2 * PAIRS * COLS)
     at = flat // (16 * PAIRS) * 128 + flat % (16 * PAIRS)
     part_out = tl.load(ptr + apart[:, None] + at[None, :], mask=there[:, None], other=0.0)
