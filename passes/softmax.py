@@ -258,11 +258,17 @@ def attention_of(softmax: Normalised) -> Attention:
 
 
 def cropped(attention: Attention) -> Attention | None:
-    """The attention up to a slice of its output, if nothing else is used: values may be padded."""
-    path = set(attention.path)
+    """The attention up to a slice of its output, if nothing else is used: values may be padded.
+
+    Not if an as_strided uses what is around the slice.
+    """
+    path, views = set(attention.path), RENAMES | {aten.slice.Tensor, aten.select.int}
     for node in only_readers(attention.root, aten.slice.Tensor):
         path.add(node)
         if node.target is aten.slice.Tensor:
+            same = reached(node, lambda n: [user for user in n.users if user.target in views])
+            if any(user.target is aten.as_strided.default for n in same for user in n.users):
+                return None
             return replace(attention, root=node, path=frozenset(path))
     return None
 

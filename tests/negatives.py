@@ -400,6 +400,11 @@ def values_padded_by_ones_and_cropped_too_late(x: Inputs) -> Tensor:
     return padded(x, 1.0)[..., :17]
 
 
+def padded_values_strided_past_the_crop(x: Inputs) -> Tensor:
+    out = padded(x, 1.0)[..., :16]
+    return out.as_strided(out.shape, out.stride(), 8)
+
+
 def padded_values_used_again(x: Inputs) -> tuple[Tensor, Tensor]:
     out = padded(x, 1.0)
     return out[..., :16], out.sum(-1)
@@ -477,5 +482,6 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (padded_values_cropped_to_other_columns, Reason.BETWEEN),
     (values_padded_by_ones_and_not_cropped, Reason.BETWEEN),
     (values_padded_by_ones_and_cropped_too_late, Reason.BETWEEN),
+    (padded_values_strided_past_the_crop, Reason.BETWEEN),
     (padded_values_used_again, Reason.BETWEEN),
 ]
