@@ -46,7 +46,7 @@ def test_the_table_is_what_was_measured_with_no_row_left_out(what: str) -> None:
     assert [cells for name, cells in TIMES if name == what] == measured(what)
 
 
-PEERS = {"ours": "mla_compile", "FlashMLA": "flashmla_peer:flash_mla", "FlashInfer": "flashinfer"}
+PEERS = {"ours": "mla_compile", "FlashMLA": "flash_mla", "FlashInfer": "flashinfer"}
 SHAPE = r"(\d+) × (\d+)(?:, Sq (\d+))?(?:, (\d+) heads)?(?:, ([a-z-]+))?"
 
 

@@ -159,8 +159,8 @@ GLUON: dict[str, tuple[Config, ...]] = {
             block_n=64,
             num_warps=4,
             kernel="sm90",
-            # 552-624 TF/s with a cold L2 where the portable kernel has 222-253.
-            # 2 sequences of 4096: 22 µs in 16 splits each, 23 in 32; of 16 heads 15.6 in 32, 17.3
+            # 585-643 TF/s with a cold L2 where the portable kernel has 221-255.
+            # 1 sequence of 4096: 16.5 µs in 32 splits, 17.6 in 24. 2 of 16 heads 15.6 in 32, 17.3
             # in 64. 1 of 8192 and 16 heads 15.8 in 64, 19.6 in 128.
             combine=1 / 26,
             late=3,
@@ -171,9 +171,9 @@ GLUON: dict[str, tuple[Config, ...]] = {
             # 2 sequences of 8192, 3.9 tiles: 33 µs by a schedule, 27 by splits. A tile takes 2.
             even_from=4,
             covers=(KEY_MASK,),
-            # Up to 16 heads: 64 keys take 11 µs where the portable kernel takes 10, from 512 on
-            # between 3 % more and 7 % less; from here on less.
-            least=(16, 8192),
+            # Up to 16 heads: 64 keys take 11 µs where the portable kernel takes 10, 512 and 4096
+            # take 4 % less.
+            least=(16, 512),
             options=_FUSED,
         ),
     ),
