@@ -71,6 +71,8 @@ def compile_split(arch: str, config: Config, types: dict[str, str], page_size: i
         "CAUSAL": False,
         "MASK_ROWS": False,
         "SPLIT": types["out_ptr"] == "*fp32",
+        "TILED": types["out_ptr"] == "*fp32",
+        "BLOCK_B": 64,
         "ALIKE": True,
         "RELOAD_V": config.reload_v,
         "CHUNK": config.chunk,

@@ -184,7 +184,7 @@ def _merge_cut(
 
 @triton.jit(do_not_specialize=["num_groups"])
 def combine_cut_kernel(
-    part_out_ptr,  # [2 * num_groups, ROWS, LKV] fp32
+    part_out_ptr,  # fp32 [2 * num_groups, ROWS, LKV], or TILED in each slot
     part_ml_ptr,  # [2 * num_groups, ROWS, 2] fp32, then `schedule`'s [num_groups, 3]
     out_ptr,  # [T, N, LKV]
     lse_ptr,  # [T, N]

@@ -94,7 +94,8 @@ def turn(g, COUNT: gl.constexpr):
 @gluon.jit
 def opaque(x):
     """x, of which the compiler knows nothing: descriptors made of it are made where they are used.
-    Else it keeps them from one tile to the next, in twice as many registers as there are left."""
+    Else they are made ahead and spilled: with Triton 3.9, 128 sequences of 4096 took 31 % longer.
+    """
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -253,7 +253,7 @@ def sm90_kernel(
     mask_ptr,  # [B, 1, 1, mask_columns] by strides over a dense cache, bool or float, or None
     q_scale_ptr,  # None, as the next: a call with one goes to `split`
     k_scale_ptr,
-    part_out_ptr,  # fp32 [2 * groups, row blocks, ROWS, LKV] of a `schedule`, else None
+    part_out_ptr,  # of a `schedule`, fp32 [2 * groups, row blocks * ROWS, LKV] or TILED; else None
     part_ml_ptr,  # (m, l) as [2 * groups, row blocks, ROWS, 2], then `schedule`'s cuts
     sm_scale,
     mask_fill,
@@ -315,7 +315,7 @@ def sm90_kernel(
     DTYPE: gl.constexpr = kv_c_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_smem = gl.allocate_shared_memory(DTYPE, [1, ROWS, HALF], TILE)  # rings of one
+    q_smem = gl.allocate_shared_memory(DTYPE, [1, ROWS, HALF], TILE)  # rings of one, see `opaque`
     q_pe_smem = gl.allocate_shared_memory(DTYPE, [1, ROWS, R], TILE)
     left = gl.allocate_shared_memory(DTYPE, [LEFT, KEYS, HALF], TILE)
     right = gl.allocate_shared_memory(DTYPE, [RIGHT, KEYS, PART], TILE)
