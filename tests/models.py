@@ -1,4 +1,4 @@
-"""Every MLA model of transformers 5.23: attention as published, all else tiny."""
+"""Every MLA model of transformers 5.24: attention as published, all else tiny."""
 
 from __future__ import annotations
 
@@ -130,6 +130,7 @@ MODELS = {
     "glm_moe_dsa": Model("GlmMoeDsaForCausalLM", SPARSE, refused=EXPANDED),
     # A sink logit beside the scores; the model has no sdpa.
     "hy_v4": Model("HYV4ForCausalLM", SPARSE, refused={Reason.SINKS}, attentions=("eager",)),
+    "hy_v4_vl": Model("HYV4VLTextModel", SPARSE, refused={Reason.SINKS}, attentions=("eager",)),
     "kimi_linear": Model("KimiLinearForCausalLM", HYBRID | {"linear_num_heads": 2}, layers=1),
     # Always has experts, in a loop that breaks the graph at each: here one, and one that is empty.
     "longcat_flash": Model(
