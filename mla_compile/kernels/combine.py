@@ -31,12 +31,10 @@ def _tile_rows(pair, PAIRS: tl.constexpr):
 
 @triton.jit
 def _load_tiles(ptr, apart, there, PAIRS: tl.constexpr, COLS: tl.constexpr):
-    """Parts of the rows of PAIRS, [rows, parts, cols], 64 adjacent bytes of each pair.
-
-    A thread must have 4 numbers or more: if the two rows of a pair were in different lanes, Triton
-    3.6 would take a maximum over parts from the wrong ones.
-    """
+    """Parts of the rows of PAIRS, [rows, parts, cols], 64 adjacent bytes of each pair."""
     flat = tl.arange(0, 2 * PAIRS * COLS)
+    # Were the two rows of a pair in different lanes, Triton 3.6 would reduce over the wrong ones.
+    tl.static_assert(apart.shape[0] * flat.shape[0] >= 4 * 128, "fewer than 4 numbers a thread")
     at = flat // (16 * PAIRS) * 128 + flat % (16 * PAIRS)
     part_out = tl.load(ptr + apart[:, None] + at[None, :], mask=there[:, None], other=0.0)
     part_out = part_out.reshape(apart.shape[0], COLS // 8, PAIRS, 4, 2, 2)
