@@ -38,10 +38,13 @@ from mla_compile.kernels.split import HIDDEN
 
 LAG: gl.constexpr = gl.constexpr(8.0)  # powers of two by which scores may outgrow m
 UNSEEN: gl.constexpr = gl.constexpr(-3.3e38)  # m before the first key: -inf - -inf is NaN
-# Registers a thread of values, values and gather; scores has what is left of 512. Of 32 for gather
-# Triton 3.9 spills in the loop of scores; before, 24 take up to 1 % longer.
-GATHER = 24 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32
-REGISTERS: gl.constexpr = gl.constexpr([160, 160, GATHER])
+# Registers a thread of values, and of gather; scores has what is left of 512. With 32 for gather
+# Triton 3.9 spills in the loop of scores, with 24 in that of gather where it reads a mask. Before
+# 3.9 24 take up to 1 % longer.
+VALUES: gl.constexpr = gl.constexpr(160)
+NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+GATHER: gl.constexpr = gl.constexpr(24 if NEW else 32)
+GATHER_MASKED: gl.constexpr = gl.constexpr(32)
 
 
 @gluon.jit
@@ -380,5 +383,5 @@ def sm90_kernel(
             (gather, (work, CALL, caches, cache_strides, mask, tiles, full, empty, ALIKE)),
         ],
         [4, 4, 4],
-        REGISTERS,
+        [VALUES, VALUES, GATHER_MASKED if MODE == "masked" else GATHER],
     )
