@@ -31,7 +31,7 @@ def _tile_rows(pair, PAIRS: tl.constexpr):
 
 @triton.jit
 def _load_tiles(ptr, apart, there, PAIRS: tl.constexpr, COLS: tl.constexpr):
-    """Parts of the rows of PAIRS, [rows, parts, cols], 64 adjacent bytes of each pair."""
+    """Parts of adjacent pairs of rows, [rows, parts, cols]; of each, 64 bytes are adjacent."""
     flat = tl.arange(0, 2 * PAIRS * COLS)
     # Were the two rows of a pair in different lanes, Triton 3.6 would reduce over the wrong ones.
     tl.static_assert(apart.shape[0] * flat.shape[0] >= 4 * 128, "fewer than 4 numbers a thread")
@@ -217,7 +217,7 @@ def combine_cut_kernel(
         sq = (tl.load(qo_indptr_ptr + b + 1) - q_start).to(tl.int32)
     share = tl.cdiv(sq * N, (parts - 1) * SHARES)
     if parts <= 4:
-        share = tl.cdiv(share, 4) * 4
+        share = tl.cdiv(share, 4) * 4  # whole blocks, see below
     begin = ((group - began - 1) * SHARES + tl.program_id(0) % SHARES) * share
     end = tl.minimum(begin + share, sq * N)
     slot = (2 * began + 1).to(tl.int64) * ROWS
@@ -229,7 +229,7 @@ def combine_cut_kernel(
         stride_ot,
         stride_on,
     )
-    # 8 rows of parts at once: 32 registers a thread of 128, and no sum between warps.
+    # 4096 numbers at once: 32 registers a thread of 128, and no sum between warps.
     if parts <= 4:
         _merge_cut(at, begin, end, parts, N, LKV, ROWS, TILED, 4, 2, BLOCK_L)
     else:

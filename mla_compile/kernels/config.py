@@ -171,9 +171,9 @@ GLUON: dict[str, tuple[Config, ...]] = {
             # 2 sequences of 8192, 3.9 tiles: 33 µs by a schedule, 27 by splits. A tile takes 2.
             even_from=4,
             covers=(KEY_MASK,),
-            # Up to 16 heads: 64 keys take 11 µs where the portable kernel takes 10, 512 and 4096
-            # take 4 % less.
-            least=(16, 512),
+            # Up to 16 heads: 64 keys take 11 µs where the portable kernel takes 10, one sequence of
+            # 512 or 4096 takes 4 % less, many short ones are not timed; from here on less.
+            least=(16, 8192),
             options=_FUSED,
         ),
     ),

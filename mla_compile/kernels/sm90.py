@@ -42,9 +42,9 @@ UNSEEN: gl.constexpr = gl.constexpr(-3.3e38)  # m before the first key: -inf - -
 # Triton 3.9 spills in the loop of scores, with 24 in that of gather where it reads a mask. Before
 # 3.9 24 take up to 1 % longer.
 VALUES: gl.constexpr = gl.constexpr(160)
-NEW = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-GATHER: gl.constexpr = gl.constexpr(24 if NEW else 32)
 GATHER_MASKED: gl.constexpr = gl.constexpr(32)
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+GATHER: gl.constexpr = gl.constexpr(32 if TRITON < (3, 9) else 24)
 
 
 @gluon.jit
