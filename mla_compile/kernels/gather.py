@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 import mla_compile.kernels.cdna as cdna
-from mla_compile.kernels.hopper import KEYS, ROWS, bias_of, item, turn
+from mla_compile.kernels.hopper import CHECKED, KEYS, ROWS, bias_of, hand_on, item, turn
 
 # Triton 3.6 has it by its first name alone.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -88,17 +88,20 @@ def load_query(queries, strides, block, N, ring, g, S: gl.constexpr):
     mbarrier.wait(left_full.index(s), phase)
     q_right = left.index(s).slice(0, PART, dim=1).load(Q)
     q_last = left.index(s).slice(PART, PART, dim=1).load(Q)
-    mbarrier.arrive(left_empty.index(s), count=1)
+    hand_on(left_empty.index(s))
     async_copy.wait_group(0)
     fence_async_shared()
     return q_right, q_last, q_pe_smem
 
 
 @gluon.jit
-def gather(work, CALL, caches, strides, mask, tiles, full, empty, ALIKE: gl.constexpr):
+def gather(job, CALL, ALIKE: gl.constexpr):
     C: gl.constexpr = gather_layout()
     PAGE_SIZE: gl.constexpr = CALL[1]
     MODE: gl.constexpr = CALL[3]
+    work, caches, strides, mask, tiles, full, empty, begun = job
+    if CHECKED:
+        mbarrier.wait(begun, 0)
     begin, stop, step = work[0]
     lengths = work[2]
     kv_c_ptr, k_pe_ptr, table_ptr = caches

@@ -2,8 +2,11 @@
 item is, masks of keys, turns in rings of buffers, and what takes a line of PTX.
 """
 
+import os
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 import mla_compile.kernels.cdna as cdna
@@ -13,6 +16,12 @@ from mla_compile.kernels.split import FLOOR
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of a block, what one wgmma has
 KEYS: gl.constexpr = gl.constexpr(64)  # of a tile
+# Built for compute-sanitizer's racecheck. It takes an arrival to say nothing of other threads than
+# the one that makes it, so each makes one: 2 % of a large batch's time. And it takes what Triton
+# shares with a warpgroup for raced if the first to start has passed more barriers of threads: that
+# is `gather` then, which passes fewest, and none before the others start.
+CHECKED: gl.constexpr = gl.constexpr(os.environ.get("MLA_COMPILE_RACECHECK") == "1")
+ARRIVALS: gl.constexpr = gl.constexpr(1 + 128 * CHECKED.value)  # of a warpgroup that hands on
 
 
 def _fade_asm(n: int) -> str:
@@ -63,7 +72,8 @@ def bias_of(pos, mask):
 @gluon.jit
 def hull(mask, lo, hi):
     """First key of lo..hi that the mask does not hide, and the end of the last such key."""
-    SCAN: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    # Checked, each warp reads all: a minimum over warps would take a barrier.
+    SCAN: gl.constexpr = gl.BlockedLayout([32 if CHECKED else 8], [32], [4], [0])
     first = gl.full([1024], schedule.NEVER, gl.int32, SCAN)
     end = gl.zeros([1024], gl.int32, SCAN)
     for start in range(lo, hi, 1024):
@@ -99,6 +109,14 @@ def opaque(x):
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def hand_on(bar):
+    """What this warpgroup wrote is there, or what it read may be written over."""
+    mbarrier.arrive(bar, count=1)
+    if CHECKED:
+        async_copy.mbarrier_arrive(bar, increment_count=False)
 
 
 @gluon.jit

@@ -33,7 +33,7 @@ import mla_compile.kernels.hopper as hopper
 import mla_compile.kernels.schedule as schedule
 from mla_compile.kernels.cdna import LKV, LOG2E, R
 from mla_compile.kernels.gather import HALF, LEFT, PART, RIGHT, gather, load_query
-from mla_compile.kernels.hopper import KEYS, ROWS
+from mla_compile.kernels.hopper import ARRIVALS, CHECKED, KEYS, ROWS
 from mla_compile.kernels.split import HIDDEN
 
 LAG: gl.constexpr = gl.constexpr(8.0)  # powers of two by which scores may outgrow m
@@ -43,8 +43,33 @@ UNSEEN: gl.constexpr = gl.constexpr(-3.3e38)  # m before the first key: -inf - -
 # 3.9 24 take up to 1 % longer.
 VALUES: gl.constexpr = gl.constexpr(160)
 GATHER_MASKED: gl.constexpr = gl.constexpr(32)
+SCORES_CHECKED: gl.constexpr = gl.constexpr(168)  # what is left is 24, for gather
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 GATHER: gl.constexpr = gl.constexpr(32 if TRITON < (3, 9) else 24)
+
+
+@gluon.jit
+def _ring(bars, arrivals):
+    COUNT: gl.constexpr = bars.shape[0]
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=arrivals)
+
+
+@gluon.jit
+def _begin(full, empty, shared):
+    _, _, _, p_full, p_empty, scored, sum_full, begun = shared
+    _ring(full[0], 128)  # each thread of `gather` arrives
+    _ring(empty[0], ARRIVALS)
+    _ring(full[1], 128)
+    _ring(empty[1], 1)
+    _ring(full[2], 128)
+    _ring(empty[2], 1)
+    mbarrier.init(p_full, count=ARRIVALS)
+    mbarrier.init(p_empty, count=2 * ARRIVALS)  # both `values`
+    mbarrier.init(scored, count=1)
+    _ring(sum_full, ARRIVALS)
+    if CHECKED:
+        hopper.hand_on(begun)
 
 
 @gluon.jit
@@ -77,14 +102,12 @@ def _softmax(s, m_i, l_i, p_smem, fade_smem, p_full, p_empty, g):
     p_smem.store(p.to(p_smem.dtype))
     fade_smem.store(fade)
     fence_async_shared()
-    mbarrier.arrive(p_full, count=1)
+    hopper.hand_on(p_full)
     return m_new, l_i * fade, p
 
 
 @gluon.jit
-def _scores(
-    work, CALL, queries, strides, scale, mask, sums, tiles, full, left_empty, shared, SPLIT
-):
+def _scores(job, CALL, SPLIT):
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     N: gl.constexpr = CALL[0]
@@ -92,10 +115,13 @@ def _scores(
     MODE: gl.constexpr = CALL[3]
     # With whole blocks of one token's heads, `hi` is where the causal diagonal passes.
     DIAGONAL: gl.constexpr = CAUSAL and N % ROWS != 0
+    work, queries, strides, scale, mask, sums, tiles, full, empty, shared = job
     begin, stop, step = work[0]
     lse_ptr, part_ml_ptr = sums
     q_smem = queries[2]
-    p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full = shared
+    if CHECKED:
+        _begin(full, empty, shared)
+    p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full, _begun = shared
     g = 0
     turn = 0
     key_begin = work[4]
@@ -106,7 +132,7 @@ def _scores(
         m_i = gl.full([ROWS], UNSEEN, gl.float32, ROW)
         l_i = gl.zeros([ROWS], gl.float32, ROW)
         if lo < hi:
-            ring = (tiles[0], full[0], left_empty)
+            ring = (tiles[0], full[0], empty[0])
             q = load_query(queries, strides, block, N, ring, g + turn, S)
             turn += 1
             acc = gl.zeros([ROWS, KEYS], gl.float32, S)
@@ -136,7 +162,7 @@ def _scores(
             l_i += gl.sum(p, 1)
             g += 1
             sum_smem.index(turn & 1).store(l_i)
-            mbarrier.arrive(sum_full.index(turn & 1), count=1)
+            hopper.hand_on(sum_full.index(turn & 1))
         m_i = gl.where(l_i > 0, m_i, float("-inf"))
         if MODE != "even":
             cdna.store_sums(lse_ptr, m_i, l_i, block, work[1], N, SPLIT, ROWS, ROW)
@@ -174,9 +200,12 @@ def _values(work, CALL, outs, strides, tiles, shared, STAGES, WHOLE, TILED: gl.c
     begin, stop, step = work[0]
     out_ptr, part_out_ptr = outs
     v, v_empty = tiles
-    p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full = shared
+    p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full, begun = shared
     g = 0
     turn = 0
+    if CHECKED:
+        hopper.hand_on(begun)
+        mbarrier.wait(begun, 0)
     key_begin = work[4]
     for i in range(begin, stop, step):
         block, keys = hopper.item(i, key_begin, work, CALL)
@@ -205,8 +234,11 @@ def _values(work, CALL, outs, strides, tiles, shared, STAGES, WHOLE, TILED: gl.c
                 acc0 = warpgroup_mma_wait(1, deps=[acc0])
                 mbarrier.arrive(v_empty[0].index(s), count=1)
                 acc1 = warpgroup_mma_wait(0, deps=[acc1])
-            mbarrier.arrive(v_empty[1].index(s), count=1)
-            mbarrier.arrive(p_empty, count=1)
+            if WHOLE:  # in turns with the query, which is not read by wgmma
+                hopper.hand_on(v_empty[1].index(s))
+            else:
+                mbarrier.arrive(v_empty[1].index(s), count=1)
+            hopper.hand_on(p_empty)
             g += 1
         if lo < hi:
             mbarrier.wait(sum_full.index(turn & 1), turn - 1 >> 1 & 1)
@@ -225,11 +257,8 @@ def _values(work, CALL, outs, strides, tiles, shared, STAGES, WHOLE, TILED: gl.c
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr, arrivals):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=arrivals)
-    return bars
+def _barriers(COUNT: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
 
 
 @gluon.jit(
@@ -328,16 +357,24 @@ def sm90_kernel(
     fade_smem = gl.allocate_shared_memory(gl.float32, [ROWS], FLAT)
     sum_smem = gl.allocate_shared_memory(gl.float32, [2, ROWS], FLAT)
 
-    left_full = _barriers(LEFT, 128)  # each thread of `gather` arrives
-    left_empty = _barriers(LEFT, 1)
-    right_full = _barriers(RIGHT, 128)
-    right_empty = _barriers(RIGHT, 1)
-    last_full = _barriers(RIGHT, 128)
-    last_empty = _barriers(RIGHT, 1)
-    p_full = _barriers(1, 1).index(0)
-    p_empty = _barriers(1, 2).index(0)  # both `values`
-    scored = _barriers(1, 1).index(0)
-    sum_full = _barriers(2, 1)
+    left_full = _barriers(LEFT)
+    left_empty = _barriers(LEFT)
+    right_full = _barriers(RIGHT)
+    right_empty = _barriers(RIGHT)
+    last_full = _barriers(RIGHT)
+    last_empty = _barriers(RIGHT)
+    p_full = _barriers(1).index(0)
+    p_empty = _barriers(1).index(0)
+    scored = _barriers(1).index(0)
+    sum_full = _barriers(2)
+    begun = _barriers(1).index(0)
+    full = (left_full, right_full, last_full)
+    empty = (left_empty, right_empty, last_empty)
+    shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full, begun)
+    if CHECKED:
+        mbarrier.init(begun, count=3 * ARRIVALS)  # `scores` and both `values`
+    else:
+        _begin(full, empty, shared)
 
     if MODE == "even":
         items, ends = schedule.share(
@@ -350,38 +387,33 @@ def sm90_kernel(
     strides = (stride_qt, stride_qn, stride_pt, stride_pn)
     out_strides = (stride_ot, stride_on, stride_os)
     tiles = (left, right, last, rope)
-    full = (left_full, right_full, last_full)
-    empty = (left_empty, right_empty, last_empty)
     near = (left, left), (left_empty, left_empty)
     far = (right, last), (right_empty, last_empty)
-    shared = (p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full)
-    scale = sm_scale * LOG2E
     sums = (lse_ptr, part_ml_ptr)
     CALL: gl.constexpr = (N, PAGE_SIZE, CAUSAL, MODE)
-    gl.warp_specialize(
-        [
-            (
-                _scores,
-                (
-                    work,
-                    CALL,
-                    queries,
-                    strides,
-                    scale,
-                    mask,
-                    sums,
-                    tiles,
-                    full,
-                    left_empty,
-                    shared,
-                    SPLIT,
-                ),
-            ),
-            # This first: 1 % faster than after the other.
-            (_values, (work, CALL, outs[1], out_strides, far, shared, RIGHT, False, TILED)),
-            (_values, (work, CALL, outs[0], out_strides, near, shared, LEFT, True, TILED)),
-            (gather, (work, CALL, caches, cache_strides, mask, tiles, full, empty, ALIKE)),
-        ],
-        [4, 4, 4],
-        [VALUES, VALUES, GATHER_MASKED if MODE == "masked" else GATHER],
-    )
+    scale = sm_scale * LOG2E
+    scoring = (work, queries, strides, scale, mask, sums, tiles, full, empty, shared)
+    gathering = (work, caches, cache_strides, mask, tiles, full, empty, begun)
+    if CHECKED:
+        gl.warp_specialize(
+            [
+                (gather, (gathering, CALL, ALIKE)),
+                (_values, (work, CALL, outs[1], out_strides, far, shared, RIGHT, False, TILED)),
+                (_values, (work, CALL, outs[0], out_strides, near, shared, LEFT, True, TILED)),
+                (_scores, (scoring, CALL, SPLIT)),
+            ],
+            [4, 4, 4],
+            [VALUES, VALUES, SCORES_CHECKED],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_scores, (scoring, CALL, SPLIT)),
+                # This first: 1 % faster than after the other.
+                (_values, (work, CALL, outs[1], out_strides, far, shared, RIGHT, False, TILED)),
+                (_values, (work, CALL, outs[0], out_strides, near, shared, LEFT, True, TILED)),
+                (gather, (gathering, CALL, ALIKE)),
+            ],
+            [4, 4, 4],
+            [VALUES, VALUES, GATHER_MASKED if MODE == "masked" else GATHER],
+        )
