@@ -57,6 +57,7 @@ def _ring(bars, arrivals):
 
 @gluon.jit
 def _begin(full, empty, shared):
+    """The barriers, by how many arrive at each."""
     _, _, _, p_full, p_empty, scored, sum_full, begun = shared
     _ring(full[0], 128)  # each thread of `gather` arrives
     _ring(empty[0], ARRIVALS)
