@@ -5,19 +5,22 @@ import csv
 import platform
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 START = time.perf_counter()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,17 @@ class Times:
 
 
 def say(text: str) -> None:
-    print(f"[{time.perf_counter() - START:6.1f} s] {text}", flush=True)
+    tqdm.write(f"[{time.perf_counter() - START:6.1f} s] {text}")
+    sys.stdout.flush()
+
+
+def progress(steps: Sequence[T]) -> Iterator[T]:
+    """Each step, and how far it is: a bar on a terminal, else a line."""
+    bar = tqdm(steps, disable=None)
+    for i, step in enumerate(bar):
+        if bar.disable:
+            say(f"{i + 1} of {len(steps)}")
+        yield step
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

@@ -45,6 +45,7 @@ from bench.common import (
     judge,
     max_error,
     parse,
+    progress,
     provenance,
     say,
     table,
@@ -301,8 +302,7 @@ def main() -> int:
         say("compiled")
 
     rows: list[Row] = []
-    for i, case in enumerate(cases):
-        say(f"{i + 1} of {len(cases)}")
+    for case in progress(cases):
         providers, pins = sweep_providers(case, memory) if args.sweep else (TUTORIAL, {})
         found = run_case(case, providers | compare, pins, ceiling, args.graph, not args.check)
         rows += [row | origin for row in found]

@@ -27,6 +27,7 @@ from bench.common import (
     judge,
     max_error,
     parse,
+    progress,
     provenance,
     say,
     table,
@@ -112,8 +113,7 @@ def main() -> int:
     origin = provenance(device, args.commit)
     memory = torch.cuda.mem_get_info(device)[0] if gpu else 2**32
     rows: list[dict[str, Any]] = []
-    for i, (B, Skv) in enumerate(steps):
-        say(f"{i + 1} of {len(steps)}")
+    for B, Skv in progress(steps):
         x = make_inputs(config, B, Skv, device)
         facts = {"batch": B, "context": Skv, "heads": heads, "hidden": hidden}
         facts["form"] = args.attention

@@ -284,6 +284,7 @@ CASES = [
     Case("four query tokens", queries=4),
     Case("four query tokens of 16 heads fill a block", queries=4, N=16, Lkv=512, R=64),
     Case("four query tokens, all see all", queries=4, causal=False),
+    Case("seventeen query tokens", queries=17, lens=(100, 1, 37), num_kv_splits=2),
     Case("ragged query tokens", queries=(3, 1, 5, 2)),
     Case("ragged query tokens, split", queries=(3, 1, 5, 2), num_kv_splits=3),
     Case("ragged query tokens, some none", queries=(0, 2, 0, 4), paging="table"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import decode, layers, model, peers
 from bench.case import LENGTHS, LKV, SPREAD, Case, R, Shape, batched, looped, make_case, visible
-from bench.common import max_error, within
+from bench.common import max_error, progress, within
 from mla_compile import mla_decode, mla_decode_fwd
 
 
@@ -45,6 +45,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_how_far_it_is_is_a_bar_on_a_terminal_else_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(progress("ab")) == ["a", "b"]
+    lines, bar = capsys.readouterr()
+    assert "1 of 2" in lines and "2 of 2" in lines and not bar
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(progress("ab")) == ["a", "b"]
+    lines, bar = capsys.readouterr()
+    assert "2/2" in bar and not lines
 
 
 def test_decode_times_every_provider(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -111,6 +111,10 @@ GLUON_CASES = [
     Case("evenly, nothing", (0, 0, 0), 1, 128, 512, 64),
     Case("long, three tokens of 128 heads", LONG, 3, 128, 512, 64, page_size=64),
     Case("long, four tokens of 16 heads", LONG, 4, 16, 512, 64, num_kv_splits=2),
+    *[
+        Case(f"{Sq} tokens of {N} heads", (1000, 5, 0, 300), Sq, N, 512, 64, num_kv_splits=splits)
+        for Sq, N, splits in ((8, 16, None), (17, 16, 3), (17, 128, None))
+    ],
     Case("tiles, ragged tokens", (900, 4096, 1, 700), (3, 1, 0, 5), 48, 512, 64, num_kv_splits=3),
     Case("long, fp16", LONG, 1, 128, 512, 64, torch.float16, page_size=1),
 ]
