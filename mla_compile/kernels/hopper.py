@@ -120,6 +120,31 @@ def hand_on(bar):
 
 
 @gluon.jit
+def _ring(bars, arrivals):
+    COUNT: gl.constexpr = bars.shape[0]
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=arrivals)
+
+
+@gluon.jit
+def begin(full, empty, shared):
+    """The barriers, by how many arrive at each."""
+    _, _, _, p_full, p_empty, scored, sum_full, begun = shared
+    _ring(full[0], 128)  # each thread of `gather` arrives
+    _ring(empty[0], ARRIVALS)
+    _ring(full[1], 128)
+    _ring(empty[1], 1)
+    _ring(full[2], 128)
+    _ring(empty[2], 1)
+    mbarrier.init(p_full, count=ARRIVALS)
+    mbarrier.init(p_empty, count=2 * ARRIVALS)  # both `values`
+    mbarrier.init(scored, count=1)
+    _ring(sum_full, ARRIVALS)
+    if CHECKED:
+        hand_on(begun)
+
+
+@gluon.jit
 def arrived(full, g, COUNT: gl.constexpr):
     """Which of COUNT buffers step g takes, once its tile is there for wgmma to read."""
     s, phase = turn(g, COUNT)

@@ -49,31 +49,6 @@ GATHER: gl.constexpr = gl.constexpr(32 if TRITON < (3, 9) else 24)
 
 
 @gluon.jit
-def _ring(bars, arrivals):
-    COUNT: gl.constexpr = bars.shape[0]
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=arrivals)
-
-
-@gluon.jit
-def _begin(full, empty, shared):
-    """The barriers, by how many arrive at each."""
-    _, _, _, p_full, p_empty, scored, sum_full, begun = shared
-    _ring(full[0], 128)  # each thread of `gather` arrives
-    _ring(empty[0], ARRIVALS)
-    _ring(full[1], 128)
-    _ring(empty[1], 1)
-    _ring(full[2], 128)
-    _ring(empty[2], 1)
-    mbarrier.init(p_full, count=ARRIVALS)
-    mbarrier.init(p_empty, count=2 * ARRIVALS)  # both `values`
-    mbarrier.init(scored, count=1)
-    _ring(sum_full, ARRIVALS)
-    if CHECKED:
-        hopper.hand_on(begun)
-
-
-@gluon.jit
 def _score_left(acc, q, left, left_full, g):
     k = left.index(hopper.arrived(left_full, g, LEFT)).permute((1, 0))
     return warpgroup_mma(q.index(hopper.opaque(0)), k, acc, use_acc=False, is_async=True)
@@ -121,7 +96,7 @@ def _scores(job, CALL, SPLIT):
     lse_ptr, part_ml_ptr = sums
     q_smem = queries[2]
     if CHECKED:
-        _begin(full, empty, shared)
+        hopper.begin(full, empty, shared)
     p_smem, fade_smem, sum_smem, p_full, p_empty, scored, sum_full, _begun = shared
     g = 0
     turn = 0
@@ -375,7 +350,7 @@ def sm90_kernel(
     if CHECKED:
         mbarrier.init(begun, count=3 * ARRIVALS)  # `scores` and both `values`
     else:
-        _begin(full, empty, shared)
+        hopper.begin(full, empty, shared)
 
     if MODE == "even":
         items, ends = schedule.share(
