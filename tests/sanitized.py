@@ -15,7 +15,7 @@ from mla_compile.kernels.config import GLUON, HALF, Config
 from tests.cases import Case, assert_right, build
 from tests.test_decode import run
 
-# One tile and several, blocks that are cut and blocks of two tokens, CTAs with one item and more.
+# One tile and several, blocks that are cut or hold several tokens, CTAs with one item and more.
 CASES = [
     Case("split", (300, 64, 0, 1), 1, 128, 512, 64, num_kv_splits=3),
     Case("one after another", (130,) * 80, 1, 128, 512, 64, page_size=1, num_kv_splits=1),
