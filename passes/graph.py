@@ -119,8 +119,15 @@ def constant(value: Any) -> float | None:
         return float(torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype(value)))
 
 
+def unchanged(node: Node) -> bool:
+    """The same numbers as its input's, at most in another floating type."""
+    if node.target is aten.mul.Tensor:  # as PyTorch writes 1 / x
+        return bool(node.args[1] == 1)
+    return node.target in COPIES or (node.target in CASTS and dtype(node) in FLOATS)
+
+
 def strip(node: Node) -> Node:
     """The tensor behind views of all of it and casts."""
-    while node.target in WHOLE:
+    while node.target in WHOLE or unchanged(node):
         node = node.args[0]
     return node

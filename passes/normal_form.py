@@ -30,6 +30,7 @@ from mla_compile.passes.graph import (
     is_tensor,
     shape,
     strip,
+    unchanged,
 )
 from mla_compile.passes.indexing import (
     Entry,
@@ -48,7 +49,7 @@ from mla_compile.passes.indexing import (
 )
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
 from mla_compile.passes.sizes import Size, equal
-from mla_compile.passes.softmax import Attention, is_division
+from mla_compile.passes.softmax import Attention, division
 
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
@@ -126,8 +127,8 @@ class Evaluator:
             return [Term((self._softmax(index),))]
         if node.op != "call_function":
             return leaf
-        if attention.total and node in attention.path and is_division(node):
-            return self._divided(node, index)
+        if attention.total and node in attention.path and (parts := division(node)):
+            return self._divided(*parts, index)
         if read := self._relabel(node, index):
             return self.evaluate(*read, context)
         if source := self._cast(node, index, context):
@@ -147,10 +148,9 @@ class Evaluator:
         product = node.target is aten.mul.Tensor and all(map(is_tensor, node.args))
         if product and context is Context.PRODUCT:
             return self._product(*((x, index) for x in node.args))
+        if node.target is aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
+            return self._added(node, index, context) or leaf
         if context is Context.SCORE:
-            if node.target is aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
-                parts = [x for x in node.args if constant(x) != 0] or node.args
-                return [term for x in parts for term in self._addend(x, index)]
             if node.target is aten.where.self:
                 return self._masked(node, index) or leaf
             if node.target is aten.tanh.default:
@@ -237,6 +237,16 @@ class Evaluator:
         over = [sizes[d] for d in dims]
         return self._sum(over, read, time=node is self.attention.contraction)
 
+    def _added(self, node: Node, index: Index, context: Context) -> list[Term] | None:
+        """Parts of the scores; or a row of keys or values, and a bias that all tokens have."""
+        if context is Context.SCORE:
+            parts = [x for x in node.args if constant(x) != 0] or node.args
+            return [term for x in parts for term in self._addend(x, index)]
+        if all(labels_of(broadcast(x, index)) & self.time for x in node.args):
+            return None
+        self.expanded.add(node)
+        return [term for x in node.args for term in self.evaluate(x, index, context)]
+
     def _addend(self, node: Node, index: Index) -> list[Term]:
         """A part of the scores that others are added to."""
         self.addends += 1
@@ -276,20 +286,21 @@ class Evaluator:
         score = self.evaluate(scores, index, Context.SCORE)
         return self._rows(score, index[:axis] + index[axis + 1 :], digits)
 
-    def _divided(self, node: Node, index: Index) -> list[Term]:
+    def _divided(self, weighed: Node, by: Node, inverse: bool, index: Index) -> list[Term]:
         """Weighed values over the sum of the weights, which has to be that of the same row."""
-        weighed, total = node.args
         terms = self.evaluate(weighed, index)
-        leaf = settle(total, index)
-        while leaf.node.target in CASTS:
+        leaf = settle(by, index)
+        while unchanged(leaf.node) or (inverse and leaf.node.target is aten.reciprocal.default):
+            inverse &= unchanged(leaf.node)
             leaf = settle(leaf.node.args[0], leaf.index)
         rows = tuple(d.label for entry in leaf.index for d in entry if d.full)
         for softmax in (f for t in terms for f in t.factors if isinstance(f, Softmax)):
-            if leaf.node is not self.attention.total or rows != softmax.rows:
-                more = self.attention.total in leaf.node.all_input_nodes
-                reason = Reason.SINKS if more else Reason.SOFTMAX
+            if inverse or leaf.node is not self.attention.total or rows != softmax.rows:
+                added = self.attention.total in leaf.node.args
+                sinks = added and leaf.node.target is aten.add.Tensor
+                reason = Reason.SINKS if sinks else Reason.SOFTMAX
                 detail = f"the weighed values are divided by {leaf}, not the sum of their weights"
-                raise Refusal(reason, detail, node)
+                raise Refusal(reason, detail, self.attention.root)
         return terms
 
     def _rows(self, score: list[Term], rows: Index, time: Entry) -> Softmax:

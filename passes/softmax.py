@@ -7,29 +7,27 @@ values are weighed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, replace
 from math import inf, prod
 
 from torch.fx import Graph, Node
 
 from mla_compile.passes.graph import (
-    CASTS,
     CONTRACTIONS,
-    COPIES,
-    FLOATS,
     FUSED_ATTENTION,
     RENAMES,
     RESHAPES,
     WHOLE,
     aten,
     constant,
-    dtype,
     is_sum,
     is_tensor,
     reached,
     readers,
     shape,
+    strip,
+    unchanged,
 )
 from mla_compile.passes.site import Reason, Refusal
 from mla_compile.passes.sizes import equal, same_sizes
@@ -105,8 +103,7 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
             user
             for e in reached(row.exponential, lambda n: filter(unchanged, n.users))
             for user in e.users
-            if is_division(user) and user.args[0] is e
-            if per_row(user.args[1], e, row.axis) is row.total
+            if is_normalised(user, e, row)
         ]
         later = Normalised(row.exponential, scores, row.axis, row.total, sums)
         nodes = (without_empty_rows(division, scores, row.axis) for division in divided)
@@ -146,11 +143,6 @@ def unshifted(scores: Node, axis: int) -> Node:
     return unshifted(before, axis)
 
 
-def unchanged(node: Node) -> bool:
-    """The same numbers as its input's, at most in another floating type."""
-    return node.target in COPIES or (node.target in CASTS and dtype(node) in FLOATS)
-
-
 def original(node: Node) -> Node:
     """The node behind casts and copies."""
     while unchanged(node):
@@ -173,6 +165,29 @@ def in_order(node: Node) -> Node:
     while unchanged(node) or node.target in RESHAPES:
         node = node.args[0]
     return node
+
+
+def is_normalised(node: Node, weights: Node, row: RowSum) -> bool:
+    """The node is weights / row.total, element by element."""
+    parts = division(node)
+    if parts is None or parts[0] is not weights:
+        return False
+    _, by, inverse = parts
+    total = per_row(by, weights, row.axis)
+    if inverse and total:
+        total = in_order(total.args[0]) if total.target is aten.reciprocal.default else None
+    return total is row.total
+
+
+def division(node: Node) -> tuple[Node, Node, bool] | None:
+    """(a, b, False) where the node is a / b, (a, b, True) where it is a · b and b is a 1 / c."""
+    inverse = node.target is aten.mul.Tensor
+    if not (inverse or node.target is aten.div.Tensor) or not all(map(is_tensor, node.args)):
+        return None
+    for weighed, by in (node.args, node.args[::-1])[: 1 + inverse]:
+        if shape(by) and (not inverse or strip(by).target is aten.reciprocal.default):
+            return weighed, by, inverse
+    return None
 
 
 def without_empty_rows(probabilities: Node, scores: Node, axis: int) -> Node:
@@ -245,9 +260,9 @@ def attention_of(softmax: Normalised) -> Attention:
     contraction, path = consumer(softmax)
     root = contraction
     if total is not None:
-        for root in only_readers(contraction, aten.div.Tensor):
+        for root in only_readers(contraction, {aten.div.Tensor, aten.mul.Tensor}):
             path |= {root}
-            if is_division(root):
+            if division(root):
                 break
         else:
             detail = "the values are weighed by exponentials that no sum divides"
@@ -263,7 +278,7 @@ def cropped(attention: Attention) -> Attention | None:
     Not if an as_strided uses what is around the slice.
     """
     path, views = set(attention.path), RENAMES | {aten.slice.Tensor, aten.select.int}
-    for node in only_readers(attention.root, aten.slice.Tensor):
+    for node in only_readers(attention.root, {aten.slice.Tensor}):
         path.add(node)
         if node.target is aten.slice.Tensor:
             same = reached(node, lambda n: [user for user in n.users if user.target in views])
@@ -273,9 +288,9 @@ def cropped(attention: Attention) -> Attention | None:
     return None
 
 
-def only_readers(node: Node, other: object) -> Iterator[Node]:
-    """The one reader of a node, of that and so on: views of all of it, casts and the `other`."""
-    while len(users := readers(node)) == 1 and users[0].target in WHOLE | {other}:
+def only_readers(node: Node, others: Set[object]) -> Iterator[Node]:
+    """The one reader of a node, of that and so on: views of all of it, casts and the `others`."""
+    while len(users := readers(node)) == 1 and users[0].target in WHOLE | others:
         (node,) = users
         yield node
 
@@ -305,10 +320,6 @@ def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
             detail = f"the probabilities are used by {user.name} ({user.target})"
             raise Refusal(Reason.ESCAPE, detail, user)
         node = user
-
-
-def is_division(node: Node) -> bool:
-    return node.target is aten.div.Tensor and is_tensor(node.args[1]) and bool(shape(node.args[1]))
 
 
 def is_random(node: Node) -> bool:

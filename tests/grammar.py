@@ -144,6 +144,11 @@ def by_hand(s: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
     return e / e.sum(t, keepdim=True), None
 
 
+def by_a_reciprocal(s: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+    e = (s - s.amax(t, keepdim=True)).exp()
+    return (1 / e.sum(t, keepdim=True)) * e, None
+
+
 def divided_late(s: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
     e = (s - s.amax(t, keepdim=True)).exp()
     return e, e.sum(t, keepdim=True)
@@ -158,6 +163,7 @@ SOFTMAXES: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor | None]]] = {
     "softmax": lambda s, t: (s.softmax(t), None),
     "fp32": lambda s, t: (wide(s).softmax(t).to(s.dtype), None),
     "by hand": by_hand,
+    "by a reciprocal": by_a_reciprocal,
     "logsumexp": lambda s, t: ((s - s.logsumexp(t, keepdim=True)).exp(), None),
     "divided late": divided_late,
 }

@@ -242,9 +242,9 @@ def nonlinear_expansion(x: Inputs) -> Tensor:
     return ((q @ F.silu(k).mT) * SCALE).softmax(-1) @ v
 
 
-def biased_expansion(x: Inputs) -> Tensor:
+def expansion_with_a_bias_for_each_token(x: Inputs) -> Tensor:
     q, k, v = expand(x)
-    return ((q @ k.mT) * SCALE).softmax(-1) @ (v + x.kv_c[:, :1, None, :16].transpose(1, 2))
+    return ((q @ k.mT) * SCALE).softmax(-1) @ (v + x.kv_c[:, None, :, :16])
 
 
 def biased_keys_under_a_soft_cap(x: Inputs) -> Tensor:
@@ -308,6 +308,26 @@ def late_division_by_the_sum_of_another_row(x: Inputs) -> Tensor:
 def late_division_by_the_sum_over_heads(x: Inputs) -> Tensor:
     e = absorbed_scores(x).exp()
     return attend(e, x) / e.sum(2, keepdim=True).mean(-1, keepdim=True)
+
+
+def late_division_by_a_sum_cut_to_integers(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) / e.sum(-1, keepdim=True).long()
+
+
+def late_product_with_the_reciprocal_of_another_row(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) * (1 / e.sum(-1, keepdim=True)).roll(1, 2)
+
+
+def late_division_by_a_reciprocal(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) / (1 / e.sum(-1, keepdim=True))
+
+
+def product_with_a_reciprocal_twice_as_large(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e * (2 / e.sum(-1, keepdim=True)), x)
 
 
 def sink_in_the_denominator(x: Inputs) -> Tensor:
@@ -444,6 +464,10 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (sink_in_a_late_denominator, Reason.SINKS),
     (late_division_by_the_sum_of_another_row, Reason.SOFTMAX),
     (late_division_by_the_sum_over_heads, Reason.SOFTMAX),
+    (late_division_by_a_sum_cut_to_integers, Reason.SOFTMAX),
+    (late_product_with_the_reciprocal_of_another_row, Reason.SOFTMAX),
+    (late_division_by_a_reciprocal, Reason.SOFTMAX),
+    (product_with_a_reciprocal_twice_as_large, Reason.SOFTMAX),
     (exponentials_cut_to_integers, Reason.SINKS),
     (exponentials_returned, Reason.ESCAPE),
     (fill_of_every_sequence, Reason.SCORE),
@@ -468,7 +492,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (prefill, Reason.PREFILL),
     (positions_between_latent_and_keys, Reason.BETWEEN),
     (nonlinear_expansion, Reason.BETWEEN),
-    (biased_expansion, Reason.BETWEEN),
+    (expansion_with_a_bias_for_each_token, Reason.BETWEEN),
     (biased_keys_under_a_soft_cap, Reason.SCORE),
     (biased_keys_beside_a_finite_fill, Reason.SCORE),
     (biased_keys_in_the_lse, Reason.SCORE),

@@ -227,6 +227,12 @@ def expanded_from_slices_of_a_fused_cache(x: Inputs) -> Tensor:
     return expanded_eager(replace(x, kv_c=x.fused[..., :32], k_pe=x.fused[..., 32:]))
 
 
+def expanded_with_biases_from_slices_of_a_fused_cache(x: Inputs) -> Tensor:
+    """Of a strided slice the bias is added to the bmm."""
+    kv_c, k_pe = x.fused[..., :32], x.fused[..., 32:]
+    return expanded_with_biases(replace(x, kv_c=kv_c, k_pe=k_pe))
+
+
 def expanded_in_fp32(x: Inputs) -> Tensor:
     q, k, v = (wide(t) for t in expand(x))
     return ((q @ k.mT * SCALE).softmax(-1) @ v).transpose(1, 2).to(x.kv_c.dtype)

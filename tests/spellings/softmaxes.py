@@ -43,10 +43,23 @@ def softmax_of_shifted_scores(x: Inputs) -> Tensor:
     return up(weighed(s.softmax(-1, dtype=torch.float32), x), x)
 
 
+def softmax_by_a_reciprocal(x: Inputs) -> Tensor:
+    s = scores(x)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return up(weighed(e * (1 / e.sum(-1))[..., None], x), x)
+
+
 def divided_after_the_values(x: Inputs) -> Tensor:
     s = scores(x)
     e = (s - s.amax(-1, keepdim=True)).exp()
     out = weighed(e, x) / e.sum(-1, keepdim=True)
+    return up(out.to(x.kv_c.dtype), x)
+
+
+def multiplied_by_a_reciprocal_after_the_values(x: Inputs) -> Tensor:
+    s = scores(x)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    out = e.sum(-1, keepdim=True).reciprocal() * weighed(e, x)
     return up(out.to(x.kv_c.dtype), x)
 
 
