@@ -259,6 +259,7 @@ class Program:
         found = {"latent", "keys", "values", "W_UK", "W_UV", "q_nope"}
         found |= {"rope", "q_pe"} if self.rope else set()
         found |= set() if self.sdpa else {"scores", "probabilities"}
+        found |= {"late sum"} if self.softmax == "divided late" and not self.sdpa else set()
         found |= set() if self.absorbed else {"expanded keys", "expanded values"}
         found |= set() if self.hide == "nothing" else {"mask"}
         return found
@@ -383,6 +384,7 @@ class Run:
         rows = layout.replace("t", "")
         out = contract(f"{layout},{named(v, 'v')}->{rows}v", probabilities, v)
         if total is not None:
+            total = self.at("late sum", total, x, layout)
             out = out / total.squeeze(t)[..., None]
         return out.permute([*(rows.index(i) for i in "bsh"), 3])
 

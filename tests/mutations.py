@@ -1,7 +1,7 @@
 """What must not be taken for the unmutated MLA: a change of meaning at one place of a program.
 
 Latents are [B, Skv, Lkv], weights [N, P or V, Lkv], scores and probabilities [B, N, Sq, Skv],
-expanded keys and values [B, N, Skv, width], masks [B or 1, 1, Sq or 1, Skv].
+sums [B, N, Sq, 1], expanded keys and values [B, N, Skv, width], masks [B or 1, 1, Sq or 1, Skv].
 """
 
 from __future__ import annotations
@@ -136,6 +136,11 @@ MUTATIONS = [
     Mutation("beside a sink", "probabilities", sink),
     Mutation("thresholded", "probabilities", lambda t, x: torch.where(t > 0.05, t, 0)),
     Mutation("plus a mean", "probabilities", lambda t, x: t + 1 / t.shape[3]),
+    Mutation("cut to integers", "late sum", lambda t, x: t.long().to(t.dtype)),
+    Mutation("of the next sequence", "late sum", lambda t, x: t.roll(1, 0)),
+    Mutation("heads reversed", "late sum", lambda t, x: t.flip(1)),
+    Mutation("inverted", "late sum", lambda t, x: 1 / t),
+    Mutation("plus one", "late sum", lambda t, x: t + 1),
     Mutation("rotated by position", "expanded keys", rotated),
     Mutation("scaled by position", "expanded keys", lambda t, x: t * ramp(t, 2)),
     Mutation("scaled by head", "expanded keys", lambda t, x: t * ramp(t, 1) * 2),
