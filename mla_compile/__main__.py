@@ -26,13 +26,16 @@ def explain(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if not Path(args.script).is_file():
         parser.error(f"there is no script {args.script}")
-    with reporting() as report:
-        try:
+    save = args.save and Path(args.save).resolve()  # the script may change the folder
+    if save and not save.parent.is_dir():
+        parser.error(f"there is no folder {save.parent} to save a report in")
+    try:
+        with reporting() as report:
             run_script(args.script, args.arguments)
-        finally:  # what was seen up to an error or exit is worth telling, too
-            print(report)
-            if args.save:
-                report.save(args.save)
+    finally:  # what was seen up to an error or exit is worth telling, too
+        print(report)
+        if save:
+            report.save(save)
     return 0
 
 

@@ -35,6 +35,16 @@ def mla(
     return result
 
 
+def _reset() -> None:
+    """Called by torch._dynamo.reset(): CUDA graphs are forgotten, as with backend="inductor"."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()
+
+
+mla.reset = _reset  # type: ignore[attr-defined]
+
+
 def options(**inductor_options: Any) -> dict[str, Any]:
     """Inductor options with the pass among them: `torch.compile(model, options=options(...))`."""
     return _with_pass(inductor_options)
@@ -45,7 +55,8 @@ def enable() -> Enabled:
 
     Also a context manager: `with mla_compile.enable(): model.generate(...)`.  What was compiled
     before stays as it is (torch._dynamo.reset() forgets it), and a compilation with an option
-    `joint_custom_pre_pass` of its own goes without.
+    `joint_custom_pre_pass` of its own goes without.  From torch 2.13 on each thread has its own
+    configuration: call it in the thread that compiles.
     """
     previous = getattr(config, _HOOK)
     setattr(config, _HOOK, composed(previous))
@@ -55,7 +66,7 @@ def enable() -> Enabled:
 def disable() -> None:
     """Undo enable(), however often it was called."""
     current = getattr(config, _HOOK)
-    if isinstance(current, MLAPass):
+    if type(current) is MLAPass:  # a report goes on
         setattr(config, _HOOK, _unwrapped(current))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import output_graph
+from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch._inductor import config
 from torch.fx import Graph, Node
@@ -21,10 +22,10 @@ from torch.fx import Graph, Node
 from mla_compile.backend import composed
 from mla_compile.kernels.config import KEY_MASK
 from mla_compile.page import Section, html
-from mla_compile.passes.graph import strip
+from mla_compile.passes.graph import aten, strip
 from mla_compile.passes.inductor import MLAPass, Verdict
 from mla_compile.passes.site import CacheTerm, Miss, MLASite, Reason, source_line
-from mla_compile.passes.softmax import find_softmaxes, is_attention
+from mla_compile.passes.softmax import find_softmaxes, is_attention, parts_of_scores
 from mla_compile.picture import Op, between, snapshot, svg
 from mla_compile.saving import saving
 
@@ -38,7 +39,7 @@ class Rewritten:
     form: str
     cache: str
     mask: str
-    scale: float  # the softmax scale, without factors already in the queries
+    scale: str  # the softmax scale, without factors already in the queries
     op: str
     kernel: str  # of this machine's GPU, and why; '' on a CPU
     dims: dict[str, Any]  # by the names of DESIGN.md's symbol table; values may be symbolic
@@ -52,7 +53,7 @@ class Rewritten:
             "form": self.form,
             "cache": self.cache,
             "mask": self.mask,
-            "scale": f"{self.scale:.6g}",
+            "scale": self.scale,
             "sizes": ", ".join(f"{name}={size}" for name, size in self.dims.items()),
             "became": self.op,
             "kernel": self.kernel,
@@ -93,12 +94,21 @@ class Report:
     others: list[str] = field(default_factory=list)  # source lines of other softmaxes
     breaks: list[str] = field(default_factory=list)  # graph breaks: source line and reason
     graphs: int = 0  # that were compiled
+    skipped: int = 0  # functions that Dynamo left to Python
+    unseen: bool = False  # something was compiled, but without the pass
 
     def title(self) -> str:
-        if not self.graphs:
-            return "nothing was compiled: wrap the model in torch.compile, or pass it to explain()"
-        counts = f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"
-        return f"{counts}, {self.graphs} graph(s), {len(self.breaks)} graph break(s)"
+        python = f", {self.skipped} function(s) left to Python by Dynamo" if self.skipped else ""
+        if self.graphs:
+            counts = f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"
+            return f"{counts}, {self.graphs} graph(s), {len(self.breaks)} graph break(s){python}"
+        if self.unseen:
+            how = "in another thread, or with a joint_custom_pre_pass that somebody set"
+            return f"what was compiled was compiled without the pass: {how}{python}"
+        if self.skipped:
+            how = "take graph breaks out of loops, `with` and `try`"
+            return f"nothing was compiled{python}: {how}; TORCH_LOGS=graph_breaks names them"
+        return "nothing was compiled: wrap the model in torch.compile, or pass it to explain()"
 
     def sections(self) -> Iterable[Section]:
         attentions: list[Rewritten | Refused] = [*self.sites, *self.misses]
@@ -136,6 +146,7 @@ class Recorder(MLAPass):
         super().__init__(previous)
         self.report = report
         self.earlier = len(graph_breaks())
+        self.tracing: TracingContext | None = None  # of the function at hand
         self.ops: dict[str, Op] = {}  # of the graph at hand, before the pass
         self.known: set[str] = set()  # its nodes, those of rewritten attentions included
         self.ended = self.resumed = ""  # the breaks that it ends at and begins after
@@ -147,16 +158,23 @@ class Recorder(MLAPass):
         return self
 
     def __call__(self, graph: Graph) -> None:
-        self.report.graphs += 1
-        self.resumed = self.report.breaks[-1] if self.report.breaks and resumes() else ""
-        new = graph_breaks()[self.earlier + len(self.report.breaks) :]
-        self.report.breaks += map(described, new)
-        self.ended = self.report.breaks[-1] if new else ""
+        tracing = TracingContext.try_get()
+        if tracing is None or tracing is not self.tracing:  # not a branch of the last one
+            self.begin()
+        self.tracing = tracing
         self.ops = snapshot(graph.nodes)
         self.known = set(self.ops)
         if self.ended:
             self.report.misses += cut_attentions(graph, self.ended)
         super().__call__(graph)
+
+    def begin(self) -> None:
+        """Another function: between which graph breaks?"""
+        self.report.graphs += 1
+        self.resumed = self.report.breaks[-1] if self.report.breaks and resumes() else ""
+        new = graph_breaks()[self.earlier + len(self.report.breaks) :]
+        self.report.breaks += map(described, new)
+        self.ended = self.report.breaks[-1] if new else ""
 
     def note(self, verdict: Verdict) -> None:
         super().note(verdict)
@@ -178,6 +196,11 @@ def graph_breaks() -> list[Any]:
     return reasons
 
 
+def dynamo_counts() -> Counter[str]:
+    """Functions that Dynamo looked at (`total`) and compiled (`ok`), and their `unique_graphs`."""
+    return Counter(counters["frames"]) + Counter(counters["stats"])
+
+
 def resumes() -> bool:
     """The graph at hand begins after a graph break."""
     tracing = TracingContext.try_get()
@@ -192,8 +215,12 @@ def described(reason: Any) -> str:
 
 
 def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
-    """Softmaxes whose probabilities leave the graph before they weigh anything."""
+    """Softmaxes whose probabilities leave the graph before they weigh anything.
+
+    Of batched products: those of a matrix product may be a router's, or be sampled from.
+    """
     results = {strip(n) for n in graph.output_node().all_input_nodes}
+    batched = {aten.bmm.default, aten.baddbmm.default}
     return [
         Refused(
             where=source_line(softmax.node),
@@ -206,6 +233,7 @@ def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
         )
         for softmax in find_softmaxes(graph)
         if not is_attention(softmax) and strip(softmax.node) in results
+        if any(node.target in batched for node in parts_of_scores(softmax))
     ]
 
 
@@ -239,7 +267,7 @@ def described_node(node: Node) -> str:
 def module_path(node: Node) -> str:
     """As in model.named_modules()."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]) if stack else ""
+    return re.sub(r"^[LG](\['\w+'\])+\.?", "", stack[-1][0]) if stack else ""
 
 
 def rewritten(
@@ -254,20 +282,20 @@ def rewritten(
     old = between(before, site.root.name, names)
     made = {x.name for x in new}
     read = {name for x in new for name in x.inputs} - made
-    inputs = [x for name, x in after.items() if name in read]  # one may be made of another
+    drawn = [x for name, x in after.items() if name in read | made]  # one may be made of another
     return Rewritten(
         where=site.where,
         module=module_path(site.root),
         form=site.family,
         cache=", ".join(caches),
         mask=site.mask,
-        scale=site.latent.scale,
+        scale=f"{site.latent.scale:.6g}" + " × a number of run time" * len(site.latent.scalars),
         op="mla_compile::mla_decode" + (" with W_UK and W_UV absorbed" if site.expanded else ""),
         kernel=kernel(site),
         dims=site.dims,
         saves=saving(site.dims, site.expanded),
         before=svg(old, names),
-        after=svg([*inputs, *new], names),
+        after=svg(drawn, names),
     )
 
 
@@ -325,10 +353,15 @@ def reporting() -> Iterator[Report]:
     Passes of the user's own run after it.  No graph is taken from Inductor's caches, for such a
     graph never meets the pass.
     """
-    report = Report()
+    report, before = Report(), dynamo_counts()
     others = composed(config.joint_custom_pre_pass).previous
-    with config.patch(joint_custom_pre_pass=Recorder(report, others)):
-        yield report
+    try:
+        with config.patch(joint_custom_pre_pass=Recorder(report, others)):
+            yield report
+    finally:
+        new = dynamo_counts() - before
+        report.skipped = new["total"] - new["ok"]
+        report.unseen = not report.graphs and new["unique_graphs"] > 0
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:

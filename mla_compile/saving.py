@@ -58,9 +58,9 @@ def saving(d: dict[str, Size], expanded: bool) -> dict[str, str]:
 
 def change(before: Size, after: Size) -> str:
     """'as written -> now (times less)', or one number where nothing changes."""
-    hints = at_hint(before), at_hint(after)
-    if hints[0] == hints[1]:
+    if str(before) == str(after):
         return f"{shown(after)} as before"
+    hints = at_hint(before), at_hint(after)
     times = f" ({hints[0] / hints[1]:.3g}x less)" if hints[0] and hints[1] else ""
     return f"{shown(before)} -> {shown(after)}{times}"
 

@@ -79,6 +79,8 @@ def validate(
     check_tensors(q_nope, q_pe, kv_c, k_pe)
     _check_layout(q_nope, q_pe, kv_c, k_pe)
     cache = _paging(kv_c, k_pe, kv_indptr, kv_indices, kv_last_page_lens, block_table, seq_lens)
+    if kv_c.shape[1] == 0:
+        cache, attn_mask = _without_tokens(cache), None
     T, N, Lkv = q_nope.shape
     dims = Dims(B=cache.B, T=T, Sq=max_seqlen_q, N=N, Lkv=Lkv, R=q_pe.shape[2])
     _check_queries(dims, qo_indptr, q_nope.device)
@@ -158,8 +160,6 @@ def _check_layout(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> N
             kv_c.shape[2],
             "Absorb W_UK into the query and slice the latent part of the cache.",
         )
-    if page_size == 0:
-        refuse("kv_c", "page_size of at least 1", list(kv_c.shape), "Drop the empty cache.")
     if k_pe.shape != (pages, page_size, q_pe.shape[2]):
         refuse(
             "k_pe",
@@ -229,6 +229,15 @@ def _paging(
             "Pass one entry a sequence.",
         )
     return PagedKV(kv_c, k_pe, B, kv_indices, kv_indptr, kv_last_page_lens)
+
+
+def _without_tokens(cache: PagedKV) -> PagedKV:
+    """A dense cache of no tokens as one of lengths zero: kernels divide by page_size."""
+    if cache.table is not None:
+        refuse("kv_c", "page_size of at least 1", list(cache.kv_c.shape), "Drop the table.")
+    kv_c, k_pe = (t.new_empty((cache.B, 1, t.shape[2])) for t in (cache.kv_c, cache.k_pe))
+    lens = torch.zeros(cache.B, dtype=torch.int32, device=kv_c.device)
+    return PagedKV(kv_c, k_pe, cache.B, None, None, lens)
 
 
 def _check_index(name: str, tensor: Tensor, device: torch.device, rank: int = 1) -> None:

@@ -52,6 +52,11 @@ def is_sum(node: Node) -> bool:
     return node.target is aten.sum.dim_IntList and dtype(node) in FLOATS
 
 
+def summed(node: Node) -> list[int]:
+    """The dimensions that a sum names, none for all."""
+    return node.args[1] or []
+
+
 def readers(node: Node) -> list[Node]:
     """The users of a node that read its elements, not only its size."""
     return [user for user in node.users if user.target not in SIZES]

@@ -46,6 +46,13 @@ class MLAPass(CustomGraphPass):
     ):
         self.previous, self.strict, self.record = tuple(previous), strict, record
 
+    def __eq__(self, other: object) -> bool:
+        """Dynamo compiles a function again for options that are not equal to the last ones."""
+        return self is other or (type(self) is type(other) is MLAPass and vars(self) == vars(other))
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def before(self, others: Sequence[Callable[[Graph], None]]) -> MLAPass:
         """The same pass, with other ones to run after it."""
         same = copy.copy(self)

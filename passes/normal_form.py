@@ -30,6 +30,7 @@ from mla_compile.passes.graph import (
     is_tensor,
     shape,
     strip,
+    summed,
     unchanged,
 )
 from mla_compile.passes.indexing import (
@@ -131,6 +132,8 @@ class Evaluator:
             return self._divided(*parts, index)
         if read := self._relabel(node, index):
             return self.evaluate(*read, context)
+        if dtype(node) not in FLOATS:
+            return leaf
         if source := self._cast(node, index, context):
             return self.evaluate(source, index, context)
         if scaled := scaling(node):
@@ -181,7 +184,7 @@ class Evaluator:
 
     def _cast(self, node: Node, index: Index, context: Context) -> Node | None:
         """What is cast, if nothing is lost by that or the attention computes in another type."""
-        if node.target not in CASTS or not {dtype(node), dtype(node.args[0])} <= FLOATS:
+        if node.target not in CASTS or dtype(node.args[0]) not in FLOATS:
             return None
         exact = torch.promote_types(dtype(node.args[0]), dtype(node)) == dtype(node)
         through = exact or context is Context.SCORE or not self._stops(node, index)
@@ -225,7 +228,7 @@ class Evaluator:
         self.expanded.add(node)
         source: Node = node.args[0]
         sizes = shape(source)
-        dims = sorted(d % len(sizes) for d in node.args[1] or range(len(sizes)))
+        dims = sorted(d % len(sizes) for d in summed(node) or range(len(sizes)))
         if not argument(node, "keepdim", False):
             for d in dims:
                 index = (*index[:d], (), *index[d:])
@@ -356,15 +359,13 @@ class Evaluator:
 
 def scaling(node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:
     """node = tensor times or over a number or one element, or -tensor.  Integers wrap around."""
-    if dtype(node) not in FLOATS:
-        return None
     if node.target is aten.neg.default:
         return node.args[0], -1.0, ()
     if node.target not in SCALINGS:
         return None
     inverse = node.target in DIVISIONS
     for tensor, factor in (node.args, node.args[::-1])[: 1 if inverse else 2]:
-        if not isinstance(tensor, Node) or is_scalar_tensor(tensor):
+        if not is_tensor(tensor) or is_scalar_tensor(tensor) or dtype(tensor) not in FLOATS:
             continue
         if number := constant(factor):
             return tensor, 1 / number if inverse else number, ()

@@ -121,9 +121,11 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         return [(index, evaluator, evaluator.evaluate(root, index))]
 
     root = attention.root
-    keys = attention.scores or attention.node.args[1]
+    keys, axis = attention.scores or attention.node.args[1], attention.axis
     if any(equal(n, 0) for n in (*shape(root), *shape(keys))):
         raise Refusal(Reason.PREFILL, "there are no queries or no cached tokens")
+    if equal(shape(keys)[axis if attention.scores else 2], 1):
+        raise Refusal(Reason.PREFILL, "there is only one cached token")
     labels = (Label(f"x{d}", n) for d, n in enumerate(shape(root)))
     ((index, evaluator, terms),) = splitting(broadcast(root, tuple(map(whole, labels))), read)
     softmax, value, _ = split_value(terms, attention)
@@ -287,6 +289,8 @@ def check(found: MLASite, value: Term) -> None:
     types = {dtype(n) for n in caches}
     if len(types) != 1 or not types <= FLOATS:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
+    if wide := [log for log in found.lse if dtype(log) is torch.float64]:
+        raise Refusal(Reason.DTYPE, "the lse is needed in float64, the op's is float32", wide[0])
     if user := read_wider(found.root, *types):
         detail = f"{user.name} needs more of the output than the caches' type, {types.pop()}"
         raise Refusal(Reason.DTYPE, detail, user)
@@ -294,15 +298,13 @@ def check(found: MLASite, value: Term) -> None:
     if symbolic:
         sizes = ", ".join(f"{n} = {found.dims[n]}" for n in symbolic)
         raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}")
-    if equal(found.dims["Skv"], 1):
-        raise Refusal(Reason.PREFILL, "there is only one cached token")
 
 
 def read_wider(root: Node, type_: torch.dtype) -> Node | None:
     """Who reads an output that is wider than this type, other than to cast it down."""
 
     def fits(node: Node) -> bool:
-        return torch.promote_types(dtype(node), type_) is type_
+        return dtype(node) in FLOATS and torch.promote_types(dtype(node), type_) is type_
 
     if fits(root):
         return None

@@ -19,11 +19,12 @@ from torch.fx.node import map_arg
 
 from mla_compile.passes.graph import FLOATS, dtype, shape
 from mla_compile.passes.indexing import Group, Label, Leaf
-from mla_compile.passes.site import CacheTerm, Miss, MLASite, Reason, Refusal, Scalar, span
+from mla_compile.passes.site import CacheTerm, Mask, Miss, MLASite, Reason, Refusal, Scalar, span
 from mla_compile.passes.sizes import Size, equal, same_sizes
 
 DECODE = torch.ops.mla_compile.mla_decode.default
 Labelled = tuple[Tensor, Group]  # one label per dimension
+MANY = 2**40  # more tokens than any cache has, and sums of it fit an int64
 
 
 class Rewriter:
@@ -58,12 +59,13 @@ class Rewriter:
             replacements = self.copy(self.bodies[kind, *symbols], inputs, site.root)
         for old, new in zip(results, replacements, strict=True):
             old.replace_all_uses_with(new)
+        if site.lse:  # may be read before the attention's output
+            stable_topological_sort(self.graph)
         self.replaced.add(site.softmax)
         return site
 
     def remove_dead_code(self) -> None:
         """Fused calls count as random: no one else removes those that were replaced."""
-        stable_topological_sort(self.graph)  # an lse may be read before the attention's output
         self.graph.eliminate_dead_code(lambda n: n.is_impure() and n not in self.replaced)
 
     def copy(self, body: Graph, inputs: list[Node], before: Node) -> tuple[Node, ...]:
@@ -134,8 +136,9 @@ class Emitter:
         """The values of the root and of the site's lse nodes."""
         rows = (*site.batch, *site.queries), site.heads
         kv_c, k_pe = self.caches(site)
-        q_nope = self.query(site.latent, rows, site.latent.scale)
-        q_pe = self.query(site.rope, rows, site.latent.scale) if site.rope else q_nope[..., :0]
+        sm_scale = max(term.scale for term in site.terms)  # none of the queries grows
+        q_nope = self.query(site.latent, rows, sm_scale)
+        q_pe = self.query(site.rope, rows, sm_scale) if site.rope else q_nope[..., :0]
         attn_mask, mask_fill = self.mask(site)
         options = attn_mask, self.block_table(site), self.seq_lens(site)
         # PyTorch also takes scalars and indices from the host.
@@ -145,7 +148,7 @@ class Emitter:
             unit_stride(q_pe.to(kv_c.dtype)),
             kv_c,
             k_pe,
-            site.latent.scale,
+            sm_scale,
             block_table=table,
             seq_lens=lens,
             max_seqlen_q=span(site.queries),
@@ -184,25 +187,31 @@ class Emitter:
             return None
         table = self.view(site.paging.table, (site.batch, site.paging.pages))
         table = torch.where(table < 0, table + site.paging.page.size, table)
-        return table.expand(span(site.batch), -1)
+        return unit_stride(table).expand(span(site.batch), -1)
 
     def mask(self, site: MLASite) -> tuple[Tensor | None, float]:
         """One mask, broadcastable to [B, N, Sq, Skv], and what a False in it stands for."""
         groups = (site.batch, site.heads, site.queries, site.time)
         views = [(mask, self.view(mask.leaf, groups)) for mask in site.masks]
         keeps = [x if mask.keep else ~x for mask, x in views if mask.fill is not None]
-        types = FLOATS - {torch.float64} | {dtype(site.latent.key.node)}  # that the op adds
-        added = [(m, x if x.dtype in types else x.float()) for m, x in views if m.fill is None]
-        biases = [self.scaled(x, mask.scale, ()) for mask, x in added]
         keep = functools.reduce(operator.and_, keeps) if keeps else None
-        bias = functools.reduce(operator.add, biases) if biases else None
+        wide = torch.promote_types(dtype(site.latent.key.node), torch.float32)
+        bias = self.bias([(mask, x) for mask, x in views if mask.fill is None], wide)
         fill = next((mask.fill for mask in site.masks if mask.fill is not None), -inf)
         if keep is None or bias is None:
             return (bias if keep is None else keep), fill
-        wide = torch.promote_types(bias.dtype, torch.float32)
         lowest = fill if fill == -inf else max(fill, torch.finfo(wide).min)
         hidden = bias.new_full((), lowest, dtype=wide)
         return torch.where(keep, bias.to(wide), hidden), -inf
+
+    def bias(self, added: list[tuple[Mask, Tensor]], wide: torch.dtype) -> Tensor | None:
+        """The sum of additive masks, at least in fp32; one alone in a type that the op adds."""
+        types = FLOATS - {torch.float64} | {wide}
+        if len(added) == 1 and added[0][0].scale == 1 and added[0][1].dtype in types:
+            return added[0][1]
+        widest = functools.reduce(torch.promote_types, [x.dtype for _, x in added], wide)
+        biases = [self.scaled(x.to(widest), mask.scale, ()) for mask, x in added]
+        return in_type(functools.reduce(operator.add, biases), wide) if biases else None
 
     def seq_lens(self, site: MLASite) -> Tensor | None:
         if site.lengths is None and site.paging is None:
@@ -210,8 +219,8 @@ class Emitter:
         Skv = span(site.time)
         lengths: Tensor | Size = Skv
         if site.lengths:
-            terms = (self.view(t, (site.batch,)) for t in site.lengths.terms)
-            lengths = sum(terms, start=0) + site.lengths.constant
+            terms = (self.view(t, (site.batch,)).long() for t in site.lengths.terms)
+            lengths = sum((t.clamp(-MANY, MANY) for t in terms), start=0) + site.lengths.constant
         if not isinstance(lengths, Tensor):
             device = self.tensors[site.latent.key.node].device
             lengths = torch.full((1,), lengths, dtype=torch.int64, device=device)
@@ -299,6 +308,7 @@ def arrange(value: Labelled, groups: Sequence[Group]) -> Tensor:
 def product(factors: Sequence[Labelled], groups: Sequence[Group]) -> Tensor:
     """The product in the widest type of all, summed over the labels that are in no group."""
     wide = functools.reduce(torch.promote_types, [t.dtype for t, _ in factors])
+    wide = wide if wide.is_floating_point else torch.float32
     value, labels = factors[0][0].to(wide), factors[0][1]
     for i, (factor, others) in enumerate(factors[1:], start=2):
         later = {x for _, found in factors[i:] for x in found}.union(*groups)
@@ -331,6 +341,14 @@ def like(node: Node, tensor: Tensor) -> Tensor:
         return tensor.contiguous()
     back = sorted(range(len(order)), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(back)
+
+
+def in_type(tensor: Tensor, type_: torch.dtype) -> Tensor:
+    """In this type; what is finite stays so."""
+    if tensor.dtype is type_:
+        return tensor
+    finite = tensor.clamp(min=torch.finfo(type_).min)
+    return torch.where(tensor == -inf, tensor, finite).to(type_)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ def uncapped(score: tuple[Term, ...]) -> tuple[tuple[Term, ...], float]:
     if len(capped) > 1 or len(term.factors) > 1 or any(t.summed for t in score):
         raise Refusal(Reason.SCORE, "the scores are a sum or product of tanh and other terms")
     if term.scalars or not (isfinite(term.scale) and term.scale > 0):
-        raise Refusal(Reason.SCALE, f"the soft cap is {term.scale}")
+        cap = "a number of run time, not a constant" if term.scalars else term.scale
+        raise Refusal(Reason.SCALE, f"the soft cap is {cap}")
     if not all(t.summed for t in factor.terms):
         raise Refusal(Reason.MASK, "a mask is under the soft cap")
     inner = (replace(t, scale=t.scale * term.scale) for t in factor.terms)

@@ -27,6 +27,7 @@ from mla_compile.passes.graph import (
     readers,
     shape,
     strip,
+    summed,
     unchanged,
 )
 from mla_compile.passes.site import Reason, Refusal
@@ -119,10 +120,10 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
 
 def row_sums(graph: Graph) -> Iterator[RowSum]:
     for total in filter(is_sum, graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
-        exponential = original(total.args[0])
-        if exponential.target is not aten.exp.default or len(total.args[1]) != 1:
+        exponential, rank = original(total.args[0]), len(shape(total.args[0]))
+        if exponential.target is not aten.exp.default or len(summed(total)) != 1 or rank == 0:
             continue
-        axis = total.args[1][0] % len(shape(exponential))
+        axis = summed(total)[0] % rank
         scores, shift = split_shift(exponential.args[0])
         if shift is None or per_row(shift, scores, axis) is not None:
             yield RowSum(total, exponential, scores, shift, axis)
@@ -131,7 +132,7 @@ def row_sums(graph: Graph) -> Iterator[RowSum]:
 def split_shift(scores: Node) -> tuple[Node, Node | None]:
     """(x, m) where they are x - m, else (they, None)."""
     difference = original(scores)
-    subtracted = difference.target is aten.sub.Tensor and is_tensor(difference.args[1])
+    subtracted = difference.target is aten.sub.Tensor and all(map(is_tensor, difference.args))
     return difference.args if subtracted and not difference.kwargs else (scores, None)
 
 
@@ -152,9 +153,10 @@ def original(node: Node) -> Node:
 
 def per_row(node: Node, like: Node, axis: int) -> Node | None:
     """The node behind one that has an element for each row of `like`, and size 1 along the axis."""
-    rows = [*shape(like)]
-    rows[axis] = 1
-    return in_order(node) if same_sizes(shape(node), rows) else None
+    sizes = shape(like)
+    rows = (*sizes[:axis], 1, *sizes[axis + 1 :])
+    found = axis < len(sizes) and same_sizes(shape(node), rows)
+    return in_order(node) if found else None
 
 
 def in_order(node: Node) -> Node:
@@ -229,10 +231,17 @@ def is_attention(softmax: Normalised) -> bool:
 
 
 def has_queries(softmax: Normalised) -> bool:
-    """Its scores are contractions, but for what is done element by element or joined to them.
+    """Its scores are contractions; they may be, where they come from outside of the graph."""
 
-    They may be, where they come from outside of the graph.
-    """
+    def contracts(node: Node) -> bool:
+        summed = is_sum(node) and node.args[0].target is aten.mul.Tensor
+        return summed or node.target in CONTRACTIONS | FUSED_ATTENTION
+
+    return any(node.op == "placeholder" or contracts(node) for node in parts_of_scores(softmax))
+
+
+def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
+    """The scores and what they are made of, element by element or joined."""
 
     def joined(node: Node) -> list[Node]:
         inputs = [x for x in node.all_input_nodes if is_tensor(x)]
@@ -240,12 +249,7 @@ def has_queries(softmax: Normalised) -> bool:
             return inputs
         return [x for x in inputs if same_sizes(shape(x), shape(node))]
 
-    def contracts(node: Node) -> bool:
-        summed = is_sum(node) and node.args[0].target is aten.mul.Tensor
-        return summed or node.target in CONTRACTIONS | FUSED_ATTENTION
-
-    before = reached(softmax.scores or softmax.node, joined)
-    return any(node.op == "placeholder" or contracts(node) for node in before)
+    yield from reached(softmax.scores or softmax.node, joined)
 
 
 def attention_of(softmax: Normalised) -> Attention:
@@ -309,8 +313,7 @@ def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
         path.add(user)
         if user.target in CONTRACTIONS and node in user.args[-2:]:
             return user, frozenset(path)
-        summed = user.args[1] if is_sum(user) else ()
-        if node.target is aten.mul.Tensor and len(summed) == 1:
+        if node.target is aten.mul.Tensor and is_sum(user) and len(summed(user)) == 1:
             return user, frozenset(path)
         if is_random(user) or any(is_random(a) for a in user.all_input_nodes):
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)

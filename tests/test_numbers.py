@@ -1,0 +1,201 @@
+"""Right where numbers are extreme, integers or narrow, and beside what else a graph computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import config
+
+from mla_compile.passes.site import Reason
+from tests.compiling import OP, Compiled, error
+from tests.negatives import attend
+from tests.spellings import SCALE, Inputs, absorbed_scores, inputs
+from tests.spellings.common import up, wide
+from tests.spellings.paged import pages_without_a_mask
+
+Decode = Callable[[Inputs], Tensor]
+
+
+def attention(x: Inputs) -> Tensor:
+    return attend(absorbed_scores(x).softmax(-1), x)
+
+
+def rewritten(decode: Decode, x: Inputs, exact: Inputs | None = None) -> None:
+    """To one op, with at most twice plain PyTorch's error against float64."""
+    compiled, plain = Compiled(decode), decode(x)
+    result, truth = compiled(x), decode(exact or x.to(torch.float64))
+    assert compiled.count(OP) == 1
+    assert error(result, truth) <= 2 * error(plain, truth)
+
+
+OTHERS: list[Callable[[Inputs], Tensor]] = [
+    lambda x: (x.kv_c @ x.kv_c[0, :8].mT).softmax(-1),
+    lambda x: (x.kv_c[0] @ x.kv_c[0, :8].mT).log_softmax(-1),
+    lambda x: (1 - x.kv_c).exp().sum(-1),
+    lambda x: x.kv_c.exp().sum(dim=None, keepdim=True),
+    lambda x: (x.kv_c.softmax(-1)[:, None] * 2.0 * x.kv_c[:, None]).sum(dim=None, keepdim=True),
+    lambda x: x.kv_c.mean().softmax(0),
+]
+
+
+@pytest.mark.parametrize(
+    "other",
+    OTHERS,
+    ids=["a router", "a loss", "1 - x", "a sum of all", "a product summed up", "a scalar"],
+)
+@torch.no_grad()
+def test_an_attention_is_seen_beside(other: Callable[[Inputs], Tensor]) -> None:
+    compiled, x = Compiled(lambda x: (attention(x), other(x))), inputs()
+    torch.testing.assert_close(compiled(x), (attention(x), other(x)))
+    assert compiled.count(OP) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@torch.no_grad()
+def test_the_largest_integer_is_a_length_without_an_end(dtype: torch.dtype) -> None:
+    def up_to_the_last(x: Inputs) -> Tensor:
+        seen = torch.arange(x.kv_c.shape[1]) <= x.lens[:, None]
+        return attend(absorbed_scores(x).masked_fill(~seen[:, None, None], -inf).softmax(-1), x)
+
+    def one_later(x: Inputs) -> Tensor:
+        seen = torch.arange(x.kv_c.shape[1], dtype=dtype) - 1 < x.lens[:, None]
+        return attend(absorbed_scores(x).masked_fill(~seen[:, None, None], -inf).softmax(-1), x)
+
+    x = replace(inputs(), lens=torch.full((3,), torch.iinfo(dtype).max, dtype=dtype))
+    rewritten(up_to_the_last, x)
+    rewritten(one_later, x)
+
+
+@torch.no_grad()
+def test_integers_are_scaled_before_they_are_multiplied() -> None:
+    def quantised(x: Inputs) -> Tensor:
+        """Queries and weights of int8, each times its scale."""
+        q, w = ((t * 0.02).to(x.kv_c.dtype) for t in (x.q_nope, x.w))
+        return attention(replace(x, q_nope=q, w=w))
+
+    def hidden_by_products_of_booleans(x: Inputs) -> Tensor:
+        k = (x.kv_c[:, :, None, None] * (x.W_UK > 0)).sum(-1)
+        s = ((x.q_nope > 0)[:, :, :, None] * k.transpose(1, 2)[:, None]).sum(-1)
+        return attend((s * SCALE).softmax(-1), x)
+
+    x = inputs()
+    q, w = ((t * 40).clamp(-127, 127).to(torch.int8) for t in (x.q_nope, x.w * 6))
+    integers = replace(x, q_nope=q, w=w)
+    rewritten(quantised, integers)
+    rewritten(hidden_by_products_of_booleans, x)
+
+
+NARROW: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda s, bias: s + bias + bias.flip(-1),
+    lambda s, bias: (s + bias) * 0.1,
+]
+
+
+@pytest.mark.parametrize("masked", NARROW, ids=["two", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_biases_are_added_and_scaled_in_fp32(
+    dtype: torch.dtype, masked: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    def decode(x: Inputs) -> Tensor:
+        return attend(masked(wide(absorbed_scores(x)), x.bias).softmax(-1).to(x.kv_c.dtype), x)
+
+    bias = torch.randn(3, 1, 1, 48) * 9 + torch.arange(48) * 0.25
+    x = replace(inputs(), bias=bias).to(dtype)
+    rewritten(decode, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@torch.no_grad()
+def test_a_finite_mask_stays_finite(dtype: torch.dtype) -> None:
+    """The first sequence sees nothing: an average of all."""
+
+    def decode(x: Inputs) -> Tensor:
+        return attend((absorbed_scores(x) + x.bias + x.bias).softmax(-1).to(x.kv_c.dtype), x)
+
+    bias = torch.zeros(3, 1, 1, 48, dtype=dtype)
+    bias[0] = torch.finfo(dtype).min / 2
+    x = replace(inputs(), bias=bias)
+    rewritten(decode, x, replace(x.to(torch.float64), bias=bias.double()))
+
+
+@torch.no_grad()
+def test_a_block_table_may_be_transposed() -> None:
+    def decode(x: Inputs) -> Tensor:
+        return pages_without_a_mask(replace(x, table=x.table.mT))
+
+    x = inputs()
+    rewritten(decode, replace(x, table=x.table.mT.contiguous()))
+
+
+@torch.no_grad()
+def test_a_cache_may_turn_out_to_be_empty() -> None:
+    """Where its length is read from the device, nobody knows it when the graph is compiled."""
+
+    def decode(x: Inputs, n: Tensor) -> Tensor:
+        Skv = int(n.max())
+        torch._check(Skv >= 0)
+        torch._check(Skv <= x.kv_c.shape[1])
+        return attention(replace(x, kv_c=x.kv_c[:, :Skv], k_pe=x.k_pe[:, :Skv]))
+
+    for tokens in (9, 0):
+        compiled, x, n = Compiled(decode), inputs(), torch.tensor([tokens, 0])
+        with config.patch(capture_scalar_outputs=True):
+            torch.testing.assert_close(compiled(x, n), decode(x, n))
+        assert compiled.count(OP) == 1
+
+
+@torch.no_grad()
+def test_queries_do_not_overflow_where_one_scale_is_small() -> None:
+    def decode(x: Inputs) -> Tensor:
+        latent = torch.einsum("bshd,hdc,btc->bsht", x.q_nope, x.W_UK, x.kv_c) * 1e-5
+        s = latent + torch.einsum("bshr,btr->bsht", x.q_pe, x.k_pe)
+        return attend(s.softmax(-1), x)
+
+    rewritten(decode, inputs().to(torch.float16))
+
+
+def output_cut_to_integers(x: Inputs) -> Tensor:
+    s = wide(absorbed_scores(x))
+    return (torch.einsum("bsht,btc->bshc", s.softmax(-1), wide(x.kv_c)) * 99).to(torch.int32)
+
+
+def lse_in_float64(x: Inputs) -> tuple[Tensor, Tensor]:
+    s = absorbed_scores(x)
+    return attend(s.softmax(-1), x), s.logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    "decode, dtype",
+    [(output_cut_to_integers, torch.bfloat16), (lse_in_float64, torch.float64)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+@torch.no_grad()
+def test_what_the_op_cannot_give_exactly_is_left_alone(decode: Decode, dtype: torch.dtype) -> None:
+    compiled, x = Compiled(decode), inputs().to(dtype)
+    torch.testing.assert_close(compiled(x), decode(x))
+    assert [miss.reason for miss in compiled.misses] == [Reason.DTYPE]
+
+
+@torch.no_grad()
+def test_values_may_be_scaled_by_the_lse_of_their_own_attention() -> None:
+    def decode(x: Inputs) -> tuple[Tensor, Tensor]:
+        s = absorbed_scores(x)
+        lse = s.logsumexp(-1)
+        return attend(s.softmax(-1), x, x.kv_c * lse.mean()), lse
+
+    compiled, x = Compiled(decode), inputs()
+    torch.testing.assert_close(compiled(x), decode(x))
+    assert compiled.count(OP) == len(compiled.report.sites) == 1
+
+
+@torch.no_grad()
+def test_a_first_token_has_nothing_to_attend_to() -> None:
+    compiled, x = Compiled(lambda x: up(attention(x), x)), inputs()
+    compiled(replace(x, kv_c=x.kv_c[:, :1], k_pe=x.k_pe[:, :1]))
+    assert [miss.detail for miss in compiled.misses] == ["there is only one cached token"]
