@@ -77,7 +77,8 @@ def validate(
     workspace: Tensor | None = None,
 ) -> Call:
     check_tensors(q_nope, q_pe, kv_c, k_pe)
-    _check_layout(q_nope, q_pe, kv_c, k_pe)
+    paged = kv_indptr is not None or block_table is not None
+    _check_layout(q_nope, q_pe, kv_c, k_pe, paged)
     cache = _paging(kv_c, k_pe, kv_indptr, kv_indices, kv_last_page_lens, block_table, seq_lens)
     if kv_c.shape[1] == 0:
         cache, attn_mask = _without_tokens(cache), None
@@ -146,7 +147,7 @@ def check_dtypes(q_name: str, q: Tensor, kv_name: str, kv: Tensor) -> None:
         refuse(kv_name, "at most float32 on a GPU", kv.dtype, "float64 is CPU only: cast down.")
 
 
-def _check_layout(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> None:
+def _check_layout(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, paged: bool) -> None:
     T, N, Lkv = q_nope.shape
     pages, page_size, _ = kv_c.shape
     if N == 0 or Lkv == 0:
@@ -160,6 +161,8 @@ def _check_layout(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> N
             kv_c.shape[2],
             "Absorb W_UK into the query and slice the latent part of the cache.",
         )
+    if page_size == 0 and paged:
+        refuse("kv_c", "page_size of at least 1", list(kv_c.shape), "Drop the pages.")
     if k_pe.shape != (pages, page_size, q_pe.shape[2]):
         refuse(
             "k_pe",
@@ -233,8 +236,6 @@ def _paging(
 
 def _without_tokens(cache: PagedKV) -> PagedKV:
     """A dense cache of no tokens as one of lengths zero: kernels divide by page_size."""
-    if cache.table is not None:
-        refuse("kv_c", "page_size of at least 1", list(cache.kv_c.shape), "Drop the table.")
     kv_c, k_pe = (t.new_empty((cache.B, 1, t.shape[2])) for t in (cache.kv_c, cache.k_pe))
     lens = torch.zeros(cache.B, dtype=torch.int32, device=kv_c.device)
     return PagedKV(kv_c, k_pe, cache.B, None, None, lens)

@@ -71,6 +71,14 @@ def test_the_op_gets_the_strides_that_it_was_planned_with() -> None:
     assert error(result, exact) <= 2 * error(decode(x), exact)
 
 
+def test_equal_options_compile_once() -> None:
+    """As where every layer of a model is compiled by itself."""
+    for _ in range(3):
+        options = mla_compile.options(epilogue_fusion=False)
+        torch.compile(deepseek_absorbed, options=options)(inputs())
+    assert mla_compile.counters == {"rewritten": 1}
+
+
 @pytest.mark.parametrize(
     "compile_options",
     [

@@ -54,6 +54,15 @@ def test_opcheck_functional(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_nobody_sees_an_empty_cache(device: str) -> None:
+    q, cache = torch.randn(6, 16, 48, device=device), torch.randn(3, 0, 48, device=device)
+    mask = torch.ones(3, 1, 2, 0, dtype=torch.bool, device=device)
+    args = q[..., :32], q[..., 32:], cache[..., :32], cache[..., 32:], 0.1
+    out, lse = mla_compile.mla_decode(*args, max_seqlen_q=2, attn_mask=mask)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", SAMPLES[:3], ids=str)
 def test_opcheck_out(case: Case, device: str) -> None:
     problem = build(case).to(device)

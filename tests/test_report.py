@@ -7,6 +7,7 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -178,6 +179,62 @@ def appended(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return out
 
 
+def test_a_graph_break_is_named_whatever_branches_there_are() -> None:
+    """Each branch is a graph that meets the pass before the one that it is a branch of."""
+
+    def branching(q: Tensor, kv: Tensor) -> Tensor:
+        q = torch.cond(q.sum() > 0, lambda q: q * 2, lambda q: q * 3, (q,))
+        p = (q @ kv.mT).softmax(-1)
+        torch._dynamo.graph_break()
+        return p @ kv
+
+    found = mla_compile.explain(branching, torch.randn(2, 3, 8), torch.randn(2, 5, 8))
+    assert [miss.reason for miss in found.misses] == ["GRAPH_BREAK"]
+    assert (found.graphs, len(found.breaks)) == (2, 1)
+
+
+def test_what_is_sampled_from_is_no_attention() -> None:
+    def sample(x: Tensor, head: Tensor) -> Tensor:
+        p = (x @ head).softmax(-1)
+        torch._dynamo.graph_break()
+        return p.cumsum(-1)
+
+    assert mla_compile.explain(sample, torch.randn(2, 3, 8), torch.randn(8, 9)).misses == []
+
+
+def test_what_dynamo_leaves_to_python_is_told() -> None:
+    def layers(q: Tensor, kv: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            q = (q @ kv.mT).softmax(-1) @ kv
+        return q
+
+    found = mla_compile.explain(layers, torch.randn(2, 3, 8), torch.randn(2, 5, 8))
+    assert (found.graphs, found.skipped) == (0, 1)
+    assert "left to Python" in found.title() and "graph breaks out of loops" in found.title()
+
+
+def test_what_another_thread_compiles_is_told() -> None:
+    def compiling() -> None:
+        torch._dynamo.reset()
+        torch.compile(attention)(*inputs())
+
+    with reporting() as found:
+        thread = Thread(target=compiling)
+        thread.start()
+        thread.join()
+    assert "another thread" in found.title() if found.unseen else len(found.sites) == 1
+
+
+def test_a_report_goes_on_after_disable() -> None:
+    torch._dynamo.reset()
+    with reporting() as found, torch.no_grad():
+        mla_compile.disable()
+        mla_compile.enable()
+        torch.compile(attention)(*inputs())
+    assert len(found.sites) == 1
+
+
 def test_an_attention_after_a_graph_break_keeps_its_own_reason() -> None:
     shapes = (B, N, 1, P), (B, N, SKV, P), (B, N, SKV, P)
     (miss,) = mla_compile.explain(appended, *map(torch.randn, shapes)).misses
@@ -241,10 +298,12 @@ sys.exit(3)
 """
 
 
-def explained(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def explained(
+    tmp_path: Path, *arguments: str, save: str = "r.html"
+) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "mla_compile", "explain", "--save", str(tmp_path / "r.html")]
+    command = [sys.executable, "-m", "mla_compile", "explain", "--save", str(tmp_path / save)]
     return subprocess.run(
         [*command, str(script), *arguments], cwd=ROOT, capture_output=True, text=True
     )
@@ -255,6 +314,11 @@ def test_a_script_is_run_and_reported_on(tmp_path: Path) -> None:
     assert result.returncode == 3, result.stderr
     assert "1 attention(s) rewritten, 0 left alone, 1 graph(s)" in result.stdout
     assert "mla_decode" in (tmp_path / "r.html").read_text()
+
+
+def test_there_must_be_a_folder_for_the_report(tmp_path: Path) -> None:
+    result = explained(tmp_path, "2", save="nowhere/r.html")
+    assert result.returncode == 2 and "there is no folder" in result.stderr
 
 
 def test_a_script_that_compiles_nothing_is_told_so(tmp_path: Path) -> None:
