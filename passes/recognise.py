@@ -275,6 +275,9 @@ def check(found: MLASite, value: Term) -> None:
         labels = every_label(leaf.index)
         if len(set(labels)) != len(labels):
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
+    weighs = [leaf.node for leaf in (*found.values.factors, *found.biases)]
+    if own := {*found.lse} & {*weighs, *(scalar.node for scalar in found.values.scalars)}:
+        raise Refusal(Reason.ESCAPE, f"the values depend on their own lse, {own.pop().name}")
     values = frozenset({found.values.feature}).union(*(w.labels for w in found.values.factors))
     if not frozenset(found.out) <= values.union(found.batch, found.queries, found.heads):
         detail = "the output has a dimension that neither queries nor values have"

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from mla_compile.passes.graph import FLOATS, dtype, shape
+from mla_compile.passes.graph import FLOATS, aten, dtype, is_tensor, shape
 from mla_compile.passes.indexing import Group, Label, Leaf
 from mla_compile.passes.site import CacheTerm, Mask, Miss, MLASite, Reason, Refusal, Scalar, span
 from mla_compile.passes.sizes import Size, equal, same_sizes
@@ -37,10 +37,7 @@ class Rewriter:
         self.graph = graph
         self.replaced: set[Node] = set()
         self.bodies: dict[Hashable, Graph] = {}
-        self.symbols: dict[Any, Node] = {}  # the first node that holds each
-        for node in graph.nodes:
-            if isinstance(size := node.meta.get("val"), torch.SymInt):
-                self.symbols.setdefault(size.node.expr, node)
+        self.symbols = symbols_of(graph)
 
     def rewrite(self, site: MLASite) -> MLASite | Miss:
         """Replace the attention, or say why not."""
@@ -89,6 +86,22 @@ class Rewriter:
                     moved.add(node)
                     copy.meta["val"] = copy.target(*map_arg(copy.args, lambda n: n.meta["val"]))
         return tuple(map(copies.__getitem__, body.output_node().args[0]))
+
+
+def symbols_of(graph: Graph) -> dict[Any, Node]:
+    """The first node that holds each symbol; for one that only an input's size has, a new node."""
+    found: dict[Any, Node] = {}
+    for node in graph.nodes:
+        if isinstance(size := node.meta.get("val"), torch.SymInt):
+            found.setdefault(size.node.expr, node)
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1] if inputs else None):
+        for node in filter(is_tensor, inputs):
+            for dim, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt) and size.node.expr not in found:
+                    found[size.node.expr] = graph.call_function(aten.sym_size.int, (node, dim))
+                    found[size.node.expr].meta["val"] = size
+    return found
 
 
 def structure(value: Any, seen: dict[Any, int]) -> Hashable:

@@ -213,13 +213,6 @@ def fill_that_rope_is_added_to(x: Inputs) -> Tensor:
     return attend((s + torch.einsum("bshr,btr->bsht", x.q_pe, x.k_pe)).softmax(-1), x)
 
 
-def scale_of_bytes(x: Inputs) -> Tensor:
-    """Minus a byte is a byte: 256 less it."""
-    w = -(x.W_UK.abs() * 10).to(torch.uint8) * -1e-3
-    k = torch.einsum("btc,hpc->bhtp", x.kv_c, w)
-    return attend(torch.einsum("bshp,bhtp->bsht", x.q_nope, k).softmax(-1), x)
-
-
 def dropout(x: Inputs) -> Tensor:
     return attend(F.dropout(absorbed_scores(x).softmax(-1), 0.5, training=True), x)
 
@@ -487,7 +480,6 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (two_fills_added, Reason.MASK),
     (fill_scaled_down, Reason.MASK),
     (fill_that_rope_is_added_to, Reason.VALUE),
-    (scale_of_bytes, Reason.SCALE),
     (dropout, Reason.DROPOUT),
     (prefill, Reason.PREFILL),
     (positions_between_latent_and_keys, Reason.BETWEEN),
