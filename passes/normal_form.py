@@ -119,6 +119,7 @@ class Evaluator:
         self.time: frozenset[Label] = frozenset()
         self.features: set[Label] = set()
         self.expanded: set[Node] = set()
+        self.rounded = False  # keys or values are, on the way to what is read
         self.addend = self.addends = 0  # which of the scores' is read, 0 for all that they are
 
     def evaluate(self, node: Node, index: Index, context: Context = Context.OPERAND) -> list[Term]:
@@ -187,8 +188,12 @@ class Evaluator:
         if node.target not in CASTS or dtype(node.args[0]) not in FLOATS:
             return None
         exact = torch.promote_types(dtype(node.args[0]), dtype(node)) == dtype(node)
-        through = exact or context is Context.SCORE or not self._stops(node, index)
-        return node.args[0] if through else None
+        if exact or context is Context.SCORE:
+            return node.args[0]
+        if self._stops(node, index):
+            return None
+        self.rounded |= node not in self.attention.path
+        return node.args[0]
 
     def _sum(self, sizes: list[Size], body: Callable[..., list[Term]], time: bool) -> list[Term]:
         """Σ over a fresh label for each size of body(*entries), again where one has to be split."""

@@ -139,7 +139,7 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         check_private(stopping.expanded, attention, beside)
         return found
     except Refusal as why:
-        if why.reason is Reason.DTYPE:  # read to the end, casts do not round
+        if why.reason is Reason.DTYPE or evaluator.rounded:  # read to the end, casts do not round
             raise
         refusal = why
     try:
@@ -292,8 +292,7 @@ def check(found: MLASite, value: Term) -> None:
     types = {dtype(n) for n in caches}
     if len(types) != 1 or not types <= FLOATS:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
-    if wide := [log for log in found.lse if dtype(log) is torch.float64]:
-        raise Refusal(Reason.DTYPE, "the lse is needed in float64, the op's is float32", wide[0])
+    check_lse(found, *types)
     if user := read_wider(found.root, *types):
         detail = f"{user.name} needs more of the output than the caches' type, {types.pop()}"
         raise Refusal(Reason.DTYPE, detail, user)
@@ -301,6 +300,16 @@ def check(found: MLASite, value: Term) -> None:
     if symbolic:
         sizes = ", ".join(f"{n} = {found.dims[n]}" for n in symbolic)
         raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}")
+
+
+def check_lse(found: MLASite, type_: torch.dtype) -> None:
+    """The op's is in float32, of queries in the caches' type."""
+    queries = [query.node for term in found.terms for query in term.factors]
+    rounded = any(torch.promote_types(dtype(q), type_) is not type_ for q in queries)
+    for log in found.lse:
+        if dtype(log) is torch.float64 or (rounded and dtype(log) is not type_):
+            detail = f"{log.name} needs more of the lse than queries in {type_} give"
+            raise Refusal(Reason.DTYPE, detail, log)
 
 
 def read_wider(root: Node, type_: torch.dtype) -> Node | None:

@@ -14,7 +14,7 @@ from torch._dynamo import config
 from mla_compile.passes.site import Reason
 from tests.compiling import OP, Compiled, error
 from tests.negatives import attend
-from tests.spellings import SCALE, Inputs, absorbed_scores, inputs
+from tests.spellings import SCALE, Inputs, absorbed_scores, expand, inputs
 from tests.spellings.common import up, wide
 from tests.spellings.paged import pages_without_a_mask
 
@@ -177,9 +177,24 @@ def lse_in_float64(x: Inputs) -> tuple[Tensor, Tensor]:
     return attend(s.softmax(-1), x), s.logsumexp(-1)
 
 
+def lse_of_wider_queries(x: Inputs) -> tuple[Tensor, Tensor]:
+    q = torch.einsum("bshd,hdc->bshc", wide(x.q_nope).sin(), wide(x.W_UK))
+    s = torch.einsum("bshc,btc->bsht", q, wide(x.kv_c))
+    return attend(s.softmax(-1).to(x.kv_c.dtype), x), s.logsumexp(-1)
+
+
+def keys_rounded_apart_from_the_values(x: Inputs) -> Tensor:
+    q, k, _ = expand(replace(x, kv_c=x.kv_c.to(torch.bfloat16).to(x.kv_c.dtype)))
+    return (q @ k.mT * SCALE).softmax(-1) @ expand(x)[2]
+
+
 @pytest.mark.parametrize(
     "decode, dtype",
-    [(output_cut_to_integers, torch.bfloat16), (lse_in_float64, torch.float64)],
+    [
+        (output_cut_to_integers, torch.bfloat16),
+        (lse_in_float64, torch.float64),
+        (lse_of_wider_queries, torch.bfloat16),
+    ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 @torch.no_grad()
@@ -187,6 +202,13 @@ def test_what_the_op_cannot_give_exactly_is_left_alone(decode: Decode, dtype: to
     compiled, x = Compiled(decode), inputs().to(dtype)
     torch.testing.assert_close(compiled(x), decode(x))
     assert [miss.reason for miss in compiled.misses] == [Reason.DTYPE]
+
+
+@torch.no_grad()
+def test_keys_of_a_rounded_cache_are_not_of_the_cache() -> None:
+    compiled, x = Compiled(keys_rounded_apart_from_the_values), inputs()
+    torch.testing.assert_close(compiled(x), keys_rounded_apart_from_the_values(x))
+    assert [miss.reason for miss in compiled.misses] == [Reason.VALUE]
 
 
 @torch.no_grad()
