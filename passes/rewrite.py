@@ -132,7 +132,13 @@ def traced(site: MLASite, inputs: list[Node]) -> Graph:
     def attention(*values: Tensor) -> tuple[Tensor, ...]:
         return Emitter(dict(zip(inputs, values, strict=True))).attention(site)
 
-    body = make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
+    try:
+        body = make_fx(attention, select_decomp_table())(*(n.meta["val"] for n in inputs)).graph
+    except RuntimeError as error:
+        size, untracked, _ = str(error).partition(" (<class 'torch.SymInt'>")
+        if not untracked:
+            raise
+        raise Refusal(Reason.DYNAMIC, f"PyTorch cannot trace the size {size}") from None
     for call in body.find_nodes(op="call_function", target=DECODE):
         # Tracing drops what is at its default; AOTInductor miscounts such ints (pytorch#194261).
         call.kwargs = {"max_seqlen_q": 1} | call.kwargs

@@ -158,6 +158,19 @@ def test_a_cache_may_turn_out_to_be_empty() -> None:
 
 
 @torch.no_grad()
+def test_a_size_that_cannot_be_traced_is_refused() -> None:
+    """A part of a float's, rounded."""
+
+    def decode(x: Inputs) -> Tensor:
+        Skv = int(x.kv_c.shape[1] * 0.5)
+        return attention(replace(x, kv_c=x.kv_c[:, :Skv], k_pe=x.k_pe[:, :Skv]))
+
+    compiled, x = Compiled(decode), inputs().with_dynamic_sizes()
+    torch.testing.assert_close(compiled(x), decode(x))
+    assert [miss.reason for miss in compiled.misses] == [Reason.DYNAMIC]
+
+
+@torch.no_grad()
 def test_queries_do_not_overflow_where_one_scale_is_small() -> None:
     def decode(x: Inputs) -> Tensor:
         latent = torch.einsum("bshd,hdc,btc->bsht", x.q_nope, x.W_UK, x.kv_c) * 1e-5
