@@ -120,11 +120,11 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         evaluator = Evaluator(attention, None)
         return [(index, evaluator, evaluator.evaluate(root, index))]
 
-    root = attention.root
-    keys, axis = attention.scores or attention.node.args[1], attention.axis
+    root, scores = attention.root, attention.scores
+    keys, dim = (scores, attention.axis) if scores else (attention.node.args[1], 2)
     if any(equal(n, 0) for n in (*shape(root), *shape(keys))):
         raise Refusal(Reason.PREFILL, "there are no queries or no cached tokens")
-    if equal(shape(keys)[axis if attention.scores else 2], 1):
+    if equal(shape(keys)[dim], 1):
         raise Refusal(Reason.PREFILL, "there is only one cached token")
     labels = (Label(f"x{d}", n) for d, n in enumerate(shape(root)))
     ((index, evaluator, terms),) = splitting(broadcast(root, tuple(map(whole, labels))), read)
@@ -275,8 +275,8 @@ def check(found: MLASite, value: Term) -> None:
         labels = every_label(leaf.index)
         if len(set(labels)) != len(labels):
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)
-    weighs = [leaf.node for leaf in (*found.values.factors, *found.biases)]
-    if own := {*found.lse} & {*weighs, *(scalar.node for scalar in found.values.scalars)}:
+    of_values = (*found.values.factors, *found.biases, *found.values.scalars)
+    if own := {*found.lse} & {x.node for x in of_values}:
         raise Refusal(Reason.ESCAPE, f"the values depend on their own lse, {own.pop().name}")
     values = frozenset({found.values.feature}).union(*(w.labels for w in found.values.factors))
     if not frozenset(found.out) <= values.union(found.batch, found.queries, found.heads):
