@@ -80,8 +80,6 @@ def validate(
     paged = kv_indptr is not None or block_table is not None
     _check_layout(q_nope, q_pe, kv_c, k_pe, paged)
     cache = _paging(kv_c, k_pe, kv_indptr, kv_indices, kv_last_page_lens, block_table, seq_lens)
-    if kv_c.shape[1] == 0:
-        cache, attn_mask = _without_tokens(cache), None
     T, N, Lkv = q_nope.shape
     dims = Dims(B=cache.B, T=T, Sq=max_seqlen_q, N=N, Lkv=Lkv, R=q_pe.shape[2])
     _check_queries(dims, qo_indptr, q_nope.device)
@@ -94,11 +92,11 @@ def validate(
         dims=dims,
         q_nope=q_nope,
         q_pe=q_pe,
-        cache=cache,
+        cache=cache if kv_c.shape[1] else _without_tokens(cache),
         sm_scale=sm_scale,
         qo_indptr=qo_indptr,
         causal=causal and max_seqlen_q > 1,
-        mask=mask,
+        mask=mask if kv_c.shape[1] else None,
         mask_fill=-math.inf if mask_fill is None else mask_fill,
         logit_cap=logit_cap,
         q_scale=q_scale,

@@ -62,6 +62,13 @@ def test_nobody_sees_an_empty_cache(device: str) -> None:
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
+def test_an_empty_cache_has_no_lengths() -> None:
+    q, cache = torch.randn(3, 16, 48), torch.randn(3, 0, 48)
+    args = q[..., :32], q[..., 32:], cache[..., :32], cache[..., 32:], 0.1
+    with pytest.raises(ValueError, match="seq_lens"):
+        mla_compile.mla_decode(*args, seq_lens=torch.tensor([0, 1, 0]))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", SAMPLES[:3], ids=str)
 def test_opcheck_out(case: Case, device: str) -> None:
