@@ -5,6 +5,7 @@ For every query token t, head n and visible key s of its sequence
     score[t,n,s] = (q_nope[t,n]·kv_c[s] + q_pe[t,n]·k_pe[s]) · sm_scale [· q_scale · k_scale]
     score        = logit_cap · tanh(score / logit_cap)                  where logit_cap > 0
     score        = score + attn_mask, or mask_fill where a bool attn_mask is False
+                   (attn_mask alone where it is -1e30 or less: whatever the score is, it is gone)
     out[t,n]     = Σ_s softmax(score)[s] · kv_c[s] [· k_scale],  lse[t,n] = log Σ_s exp(score[s])
 
 A key is visible if it lies within the sequence's length and the mask's columns, under the
@@ -26,8 +27,10 @@ KEYS = 4096  # per block: the matmuls are large, a gathered block stays near 10 
 SCORES = 1 << 24  # per block: bounds the score matrix of many rows to 64 MB
 # Finite mask values are clamped to FLOOR, so that adding a score or changing to log2 units cannot
 # overflow. At or below HIDDEN a key weighs exactly nothing beside any ordinary score.
+# At or below ABSORBING no bit of a score is left beside it: it replaces even a NaN.
 FLOOR = -2e38
 HIDDEN = -1e37
+ABSORBING = -1e30
 
 
 def floored(value: float) -> float:
@@ -127,7 +130,7 @@ class _Mask:
             if values.dtype == torch.bool:
                 score.masked_fill_(~values, self.fill)
             else:
-                score += values
+                score.masked_fill_(values <= ABSORBING, 0.0).add_(values)
         if self.causal is not None:
             score.masked_fill_(~self.causal[..., at], -math.inf)
 

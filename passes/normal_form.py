@@ -51,11 +51,10 @@ from mla_compile.passes.indexing import (
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
 from mla_compile.passes.sizes import Size, equal
 from mla_compile.passes.softmax import Attention, division
+from mla_compile.reference import ABSORBING
 
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
 SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
-# A fill this low replaces the score it is added to: no score has a bit left beside it.
-ABSORBING = -1e30
 # What torch makes of False in a boolean mask before cuDNN's fused call (the others get -inf).
 CUDNN, FUSED_FILL = aten._scaled_dot_product_cudnn_attention.default, -65504.0
 

@@ -25,9 +25,10 @@ from mla_compile.passes.indexing import (
     substitute,
     whole,
 )
-from mla_compile.passes.normal_form import ABSORBING, SCALINGS, Capped, Factor, Softmax, Term
+from mla_compile.passes.normal_form import SCALINGS, Capped, Factor, Softmax, Term
 from mla_compile.passes.site import CacheTerm, Lengths, Mask, Reason, Refusal, span
 from mla_compile.passes.sizes import Size, equal, true
+from mla_compile.reference import ABSORBING
 
 NOT = frozenset({aten.bitwise_not.default, aten.logical_not.default})
 # What hides a token that any of its operands hides, by whether True keeps a token.

@@ -191,3 +191,26 @@ def test_tiles_that_every_row_masks_are_not_read(device: str) -> None:
         launch(validate(*args, **options), out, lse, 1)
         torch.testing.assert_close(out.cpu(), expected)
         torch.testing.assert_close(lse.cpu(), expected_lse)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e30])
+@pytest.mark.parametrize("rows", [1, 2], ids=["per-key", "per-row"])
+@pytest.mark.parametrize("Lkv, R, dtype", [(32, 16, torch.float32), (512, 64, torch.bfloat16)])
+def test_a_mask_value_that_no_score_survives_hides_a_nan(
+    device: str, low: float, rows: int, Lkv: int, R: int, dtype: torch.dtype
+) -> None:
+    case = Case("garbage", (512,), 2, 16, Lkv, R, dtype, paging="whole")
+    problem = build(case).to(device)
+    mask = torch.zeros(1, 1, rows, 512, device=device)
+    mask[:, :, 0, 100:140] = low
+    results = []
+    for garbage in (1.0, math.nan, 3e38):
+        problem.args[3][:, 100:140] = garbage
+        out, lse = outputs(problem, device)
+        options: dict[str, Any] = {"max_seqlen_q": 2, "attn_mask": mask.expand(-1, -1, 2, -1)}
+        launch(validate(*problem.args, **options), out, lse, 2)
+        results.append((out[: 3 - rows], lse[: 3 - rows]))
+    for out, lse in results:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+        assert bool(out.isfinite().all() and lse.isfinite().all())

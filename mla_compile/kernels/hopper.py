@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 import mla_compile.kernels.cdna as cdna
 import mla_compile.kernels.schedule as schedule
 from mla_compile.kernels.cdna import LKV, LOG2E
-from mla_compile.kernels.split import FLOOR
+from mla_compile.kernels.split import ABSORBING, FLOOR
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of a block, what one wgmma has
 KEYS: gl.constexpr = gl.constexpr(64)  # of a tile
@@ -66,7 +66,7 @@ def bias_of(pos, mask):
     IS_BOOL: gl.constexpr = value.dtype == gl.int1
     bias = gl.where(value, 0.0, fill) if IS_BOOL else value.to(gl.float32)
     bias = gl.where(bias == float("-inf"), bias, gl.maximum(bias, FLOOR))
-    return bias, gl.where(value, 0, 1).to(gl.int1) if IS_BOOL else gl.zeros_like(bias) > 0
+    return bias, gl.where(value, 0, 1).to(gl.int1) if IS_BOOL else bias <= ABSORBING
 
 
 @gluon.jit
@@ -87,7 +87,7 @@ def hull(mask, lo, hi):
 
 @gluon.jit
 def apply_mask(s, start, hi, mask, LAYOUT: gl.constexpr):
-    """Scores in powers of two under a mask of keys: a bool mask replaces, an additive one adds."""
+    """Scores in log2 units under a mask of keys: what absorbs them replaces them, the rest adds."""
     pos = gl.minimum(start + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT)), hi - 1)
     bias, replaced = bias_of(pos, mask)
     s = gl.where(replaced[None, :], 0.0, s) + (bias * LOG2E)[None, :]

@@ -22,6 +22,7 @@ from mla_compile import reference
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 FLOOR: tl.constexpr = tl.constexpr(reference.FLOOR)
+ABSORBING: tl.constexpr = tl.constexpr(reference.ABSORBING)
 HIDDEN: tl.constexpr = tl.constexpr(reference.HIDDEN)
 NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 SCAN: tl.constexpr = tl.constexpr(1024)  # mask columns looked at in one go
@@ -96,12 +97,10 @@ def _bias(mask, fill):
 
 @triton.jit
 def _apply_mask(s, mask, fill):
-    """Scores in log2 units under a mask tile: a bool mask replaces, an additive one adds."""
-    if mask.dtype == tl.int1:
-        s = tl.where(mask, s, _bias(mask, fill) * LOG2E)
-    else:
-        s += _bias(mask, fill) * LOG2E
-    return s
+    """Scores in log2 units under a mask tile: what absorbs them replaces them, the rest adds."""
+    bias = _bias(mask, fill)
+    kept = mask if mask.dtype == tl.int1 else bias > ABSORBING
+    return tl.where(kept, s, 0.0) + bias * LOG2E
 
 
 @triton.jit
