@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_utils import get_node_storage, get_storage
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -72,20 +73,16 @@ class Rewriter:
         """
         kept = {k: before.meta[k] for k in ("stack_trace", "nn_module_stack") if k in before.meta}
         copies = dict(zip(body.find_nodes(op="placeholder"), inputs, strict=True))
-        moved = {
-            x for x, own in copies.items() if not shares_memory(x.meta["val"], own.meta["val"])
-        }
+        moved = {x for x, own in copies.items() if get_node_storage(x) != get_node_storage(own)}
         with self.graph.inserting_before(before):
-            for node in (n for n in body.nodes if n.op == "call_function"):
-                copy = copies[node] = self.graph.node_copy(node, copies.__getitem__)
-                copy.meta = kept | {"val": node.meta["val"]}
-                if node.target is DECODE:  # without, Inductor passes it what strides it likes
-                    given = map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
-                    copy.meta["eager_input_vals"] = given
-                if getattr(node.target, "is_view", False) and node.args[0] in moved:
-                    moved.add(node)
-                    copy.meta["val"] = copy.target(*map_arg(copy.args, lambda n: n.meta["val"]))
-        return tuple(map(copies.__getitem__, body.output_node().args[0]))
+            replacements = self.graph.graph_copy(body, copies)
+        for node in (n for n in body.nodes if n.op == "call_function"):
+            copy = copies[node]
+            copy.meta |= kept
+            if getattr(node.target, "is_view", False) and node.args[0] in moved:
+                moved.add(node)
+                copy.meta["val"] = copy.target(*map_arg(copy.args, lambda n: n.meta["val"]))
+        return replacements
 
 
 def symbols_of(graph: Graph) -> dict[Any, Node]:
@@ -196,7 +193,7 @@ class Emitter:
         view = self.view(key, groups)
         if not equal(view.stride(-1), 1):
             raise Refusal(Reason.LAYOUT, f"the features of {key} are not consecutive", key.node)
-        if not (shares_memory(view, self.tensors[key.node]) or key.tables):
+        if get_storage(view) != get_storage(self.tensors[key.node]) and not key.tables:
             raise Refusal(Reason.LAYOUT, f"{key} cannot be read in place", key.node)
         return view
 
@@ -301,12 +298,6 @@ class Emitter:
                     tensor = tensor if d.full else tensor.narrow(dim, d.offset, d.label.size)
                     labels += (d.label,)
         return tensor, labels
-
-
-def shares_memory(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor):
-        return True  # a size
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def arrange(value: Labelled, groups: Sequence[Group]) -> Tensor:
