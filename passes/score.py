@@ -257,16 +257,15 @@ def split_keys(
 def cut_at_value(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
     """A contraction over a cache row as several, one of them over the values' features."""
     pieces = [term]
-    if term.key.node is values.key.node:
-        pieces = columns(term, values)
-    else:
-        try:
-            if read := relabel(term.key.node, term.key.index):
-                pieces = cut_at_value(replace(term, key=Leaf(*read)), values)
-        except Split as split:
-            if split.label is term.feature and len(split.ways) > 1:
-                parts = [part_of(term, way) for way in split.ways]
-                pieces = [piece for part in parts for piece in cut_at_value(part, values)]
+    try:
+        if term.key.node is values.key.node:
+            cut_columns(term, values)
+        elif read := relabel(term.key.node, term.key.index):
+            pieces = cut_at_value(replace(term, key=Leaf(*read)), values)
+    except Split as split:
+        if split.label is term.feature and len(split.ways) > 1:
+            parts = [part_of(term, way) for way in split.ways]
+            pieces = [piece for part in parts for piece in cut_at_value(part, values)]
     return pieces if any(is_latent(p, values) for p in pieces) else [term]
 
 
@@ -276,20 +275,18 @@ def is_latent(term: CacheTerm, values: CacheTerm) -> bool:
     return key.key == values.key.key and equal(term.feature.size, values.feature.size)
 
 
-def columns(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
-    """Before, in and after the values' columns of a fused cache row."""
+def cut_columns(term: CacheTerm, values: CacheTerm) -> None:
+    """Raise Split for features before, in and after the values' columns of a fused cache row."""
     at, here = (
         next((d for entry in x.key.index for d in entry if d.label is x.feature), None)
         for x in (values, term)
     )
     if at is None or here is None or not equal(at.base, here.base):
-        return [term]
+        return
     begin, width = at.offset - here.offset, term.feature.size
     sizes = [b - a for a, b in pairwise((0, begin, begin + values.feature.size, width))]
-    if not all(true(n >= 0) for n in sizes) or equal(sizes[1], width):
-        return [term]
-    parts = cut(term.feature, [n for n in sizes if not equal(n, 0)])
-    return [part_of(term, way) for way in parts.ways]
+    if all(true(n >= 0) for n in sizes) and not equal(sizes[1], width):
+        raise cut(term.feature, [n for n in sizes if not equal(n, 0)])
 
 
 def part_of(term: CacheTerm, way: Way) -> CacheTerm:
