@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from mla_compile.passes.graph import FLOATS, aten, dtype, is_tensor, shape
-from mla_compile.passes.indexing import Group, Label, Leaf
+from mla_compile.passes.indexing import Digit, Group, Label, Leaf
 from mla_compile.passes.site import CacheTerm, Mask, Miss, MLASite, Reason, Refusal, Scalar, span
 from mla_compile.passes.sizes import Size, equal, same_sizes
 
@@ -104,11 +104,10 @@ def symbols_of(graph: Graph) -> dict[Any, Node]:
 def structure(value: Any, seen: dict[Any, int]) -> Hashable:
     """Equal for two sites if the same nodes can replace both, reading other tensors.
 
-    Numbers the nodes, labels and symbols that it comes across.
+    Notes the symbols that it comes across, and numbers the nodes and labels.
     """
     if isinstance(value, torch.SymInt):
-        for symbol in sorted(value.node.expr.free_symbols, key=str):
-            seen.setdefault(symbol, len(seen))
+        seen.update(dict.fromkeys(value.node.expr.free_symbols, 0))
         return value.node.expr
     if isinstance(value, tuple):
         return tuple(structure(x, seen) for x in value)
@@ -281,12 +280,9 @@ class Emitter:
         """A leaf as a tensor with one dimension per label."""
         tensor, labels = self.tensors[leaf.node], ()
         for entry in leaf.index:
-            dim = len(labels)
-            if not entry:
-                tensor = tensor.select(dim, 0)
-            elif len(entry) > 1:
-                tensor = tensor.unflatten(dim, [d.base for d in entry])
-            for d in entry:
+            if len(entry) > 1:
+                tensor = tensor.unflatten(len(labels), [d.base for d in entry])
+            for d in entry or [Digit(None, 0, 1)]:
                 dim = len(labels)
                 if d.label is None:
                     tensor = tensor.select(dim, d.offset)
