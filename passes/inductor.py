@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-import triton
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
@@ -79,14 +75,16 @@ class MLAPass(CustomGraphPass):
             other(graph)
 
     def uuid(self) -> bytes | None:
-        """All that the compiled code depends on; None, no caching, if a previous pass has none."""
+        """Inductor's key holds versions and device; this adds sources, settings, previous passes.
+
+        None, no caching, if one of these has none.
+        """
         previous = [getattr(p, "uuid", lambda: None)() for p in self.previous]
         if None in previous:
             return None
         folders = Path(mla_compile.ops.__file__).parent, Path(__file__).parent
         sources = sorted({str(path) for folder in folders for path in folder.rglob("*.py")})
-        versions = (torch.__version__, triton.__version__, device_arch(), self.strict, previous)
-        return hashlib.sha256(get_hash_for_files(tuple(sources)) + repr(versions).encode()).digest()
+        return get_hash_for_files(tuple(sources), extra=repr((self.strict, previous)))
 
     def note(self, verdict: Verdict) -> None:
         if isinstance(verdict, MLASite):
@@ -96,10 +94,3 @@ class MLAPass(CustomGraphPass):
         log.info("%s", verdict)
         if self.record:
             self.record(verdict)
-
-
-def device_arch() -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return getattr(properties, "gcnArchName", None) or f"sm{properties.major}{properties.minor}"
