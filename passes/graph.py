@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from mla_compile.passes.sizes import Size, equal, plain
 
@@ -60,19 +60,6 @@ def summed(node: Node) -> list[int]:
 def readers(node: Node) -> list[Node]:
     """The users of a node that read its elements, not only its size."""
     return [user for user in node.users if user.target not in SIZES]
-
-
-def measure_inputs(graph: Graph) -> None:
-    """Ask the graph's inputs for the sizes that they have: nothing is kept for its size alone."""
-    measured: dict[Any, tuple[Node, int]] = {}
-    for node in graph.find_nodes(op="placeholder"):
-        for dim, n in enumerate(shape(node) if is_tensor(node) else ()):
-            if isinstance(n, torch.SymInt):
-                measured.setdefault(n.node.expr, (node, dim))
-    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
-        value = node.meta["val"]
-        if isinstance(value, torch.SymInt) and value.node.expr in measured:
-            node.args = measured[value.node.expr]
 
 
 def shape(node: Node) -> tuple[Size, ...]:

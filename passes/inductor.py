@@ -12,7 +12,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 import mla_compile.ops
-from mla_compile.passes.graph import measure_inputs
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.rewrite import Rewriter
 from mla_compile.passes.site import Miss, MLASite, Reason
@@ -58,7 +57,6 @@ class MLAPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         rewriter = Rewriter(graph)
         try:
-            measure_inputs(graph)
             for verdict in recognise(graph):
                 if isinstance(verdict, MLASite):
                     verdict = rewriter.rewrite(verdict)

@@ -38,7 +38,7 @@ class Rewriter:
         self.graph = graph
         self.replaced: set[Node] = set()
         self.bodies: dict[Hashable, Graph] = {}
-        self.symbols = symbols_of(graph)
+        self.symbols = measured(graph)
 
     def rewrite(self, site: MLASite) -> MLASite | Miss:
         """Replace the attention, or say why not."""
@@ -85,20 +85,26 @@ class Rewriter:
         return replacements
 
 
-def symbols_of(graph: Graph) -> dict[Any, Node]:
-    """The first node that holds each symbol; for one that only an input's size has, a new node."""
-    found: dict[Any, Node] = {}
-    for node in graph.nodes:
-        if isinstance(size := node.meta.get("val"), torch.SymInt):
-            found.setdefault(size.node.expr, node)
+def measured(graph: Graph) -> dict[Any, Node]:
+    """The node that holds each symbolic size, now the only one that asks a tensor for it.
+
+    Inputs are asked for those that they have: nothing is kept for its size alone.
+    """
     inputs = graph.find_nodes(op="placeholder")
+    sizes = [n for n in inputs if isinstance(n.meta.get("val"), torch.SymInt)]
+    holders = {n.meta["val"].node.expr: n for n in sizes}
     with graph.inserting_after(inputs[-1] if inputs else None):
         for node in filter(is_tensor, inputs):
             for dim, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, torch.SymInt) and size.node.expr not in found:
-                    found[size.node.expr] = graph.call_function(aten.sym_size.int, (node, dim))
-                    found[size.node.expr].meta["val"] = size
-    return found
+                if isinstance(size, torch.SymInt) and size.node.expr not in holders:
+                    holders[size.node.expr] = graph.call_function(aten.sym_size.int, (node, dim))
+                    holders[size.node.expr].meta["val"] = size
+    for node in graph.nodes:
+        if isinstance(size := node.meta.get("val"), torch.SymInt):
+            holder = holders.setdefault(size.node.expr, node)
+            if node.target is aten.sym_size.int and node is not holder:
+                node.replace_all_uses_with(holder)
+    return holders
 
 
 def structure(value: Any, seen: dict[Any, int]) -> Hashable:
