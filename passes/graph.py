@@ -80,35 +80,33 @@ def is_scalar_tensor(value: Any) -> bool:
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
     """An argument of an ATen call by its schema name; a SymInt argument as its value."""
-    position = [a.name for a in node.target._schema.arguments].index(name)
-    value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+    names = [a.name for a in node.target._schema.arguments]
+    value = (dict(zip(names, node.args, strict=False)) | node.kwargs).get(name)
     if isinstance(value, Node) and not is_tensor(value):
         value = value.meta["val"]
     return default if value is None else value
 
 
+@unset_fake_temporarily()
 def constant(value: Any) -> float | None:
     """The number that a scalar, or a tensor filled with one, stands for, as its type rounds it."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, Node) or value.op not in ("call_function", "get_attr"):
+    if not is_tensor(value):
         return None
+    filled = None
     if value.op == "get_attr":  # of torch.tensor(number)
         stored = getattr(value.graph.owning_module, value.target, None)
-        if not isinstance(stored, torch.Tensor) or stored.dim() or stored.dtype is torch.bool:
-            return None
-        with unset_fake_temporarily():
-            number = constant(stored.item())
+        if isinstance(stored, torch.Tensor) and not stored.dim():
+            filled = stored.item()
     elif value.target is aten.full.default:
-        number = constant(value.args[1])
+        filled = value.args[1]
     elif value.target in WHOLE | {aten.scalar_tensor.default}:
-        number = constant(value.args[0])
-    else:
-        return None
+        filled = value.args[0]
+    number = constant(filled)
     if number is None or dtype(value).is_complex:
         return None
-    with unset_fake_temporarily():
-        return float(torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype(value)))
+    return float(torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype(value)))
 
 
 def unchanged(node: Node) -> bool:

@@ -327,8 +327,7 @@ class Evaluator:
             raise Refusal(Reason.DROPOUT, "the fused attention call drops probabilities")
         heads, of_keys = shape(query)[1], shape(key)[1]
         width = shape(query)[-1]
-        scale = argument(call, "scale")
-        scale = float(width) ** -0.5 if scale is None else float(scale)
+        scale = float(argument(call, "scale", width**-0.5))
         batch, head, row, column = index
         groups = [split_at(head, heads // n) for n in (of_keys, shape(value)[1])]
         if None in groups and len(head) == 1 and head[0].full:
@@ -352,8 +351,7 @@ class Evaluator:
         return self._sum([shape(key)[2]], attend, time=True)
 
     def _fused_mask(self, call: Node, index: Index) -> list[Term]:
-        names = {a.name for a in call.target._schema.arguments} & {"attn_mask", "attn_bias"}
-        mask = argument(call, *names) if names else None
+        mask = argument(call, "attn_mask", argument(call, "attn_bias"))
         if mask is None:
             return []
         if dtype(mask) is torch.bool:
