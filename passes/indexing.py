@@ -71,7 +71,6 @@ Group = tuple[Label, ...]
 Entry = tuple[Digit, ...]
 Index = tuple[Entry, ...]
 Read = tuple[Node, Index] | None
-Way = Callable[[Digit], Entry]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,34 +100,23 @@ class Leaf:
 
 
 class Split(Exception):
-    """`label` must be split: each of `ways`, one after another, says what a digit of it becomes."""
+    """`label` must be split: the entries `ways`, one after another, take its place."""
 
-    def __init__(self, label: Label, ways: list[Way]):
+    def __init__(self, label: Label, ways: list[Entry]):
         self.label, self.ways = label, ways
 
 
 def refined(label: Label, size: Size) -> Split:
     """Into an outer and an inner label, the inner one of this size."""
     outer, inner = Label(f"{label}o", label.size // size), Label(f"{label}i", size)
-
-    def way(digit: Digit) -> Entry:
-        if not (divides(size, digit.offset) and divides(size, digit.base)):
-            raise split
-        return Digit(outer, digit.offset // size, digit.base // size), *whole(inner)
-
-    split = Split(label, [way])
-    return split
+    return Split(label, [whole(outer) + whole(inner)])
 
 
 def cut(label: Label, sizes: list[Size]) -> Split:
     """Into consecutive parts of these sizes, a label each."""
     begins = zip(accumulate(sizes, initial=0), sizes, strict=False)
-    return Split(label, [narrowed(Label(f"{label}@{begin}", n), begin) for begin, n in begins])
-
-
-def narrowed(part: Label, begin: Size) -> Way:
-    """For a label the part of it that begins there."""
-    return lambda digit: (Digit(part, digit.offset + begin, digit.base),)
+    parts = [Digit(Label(f"{label}@{begin}", n), begin, label.size) for begin, n in begins]
+    return Split(label, [(part,) for part in parts])
 
 
 def every_digit(index: Index) -> Iterator[Digit]:
@@ -153,12 +141,30 @@ def whole(label: Label) -> Entry:
     return (Digit(label, 0, label.size),)
 
 
-def substitute(index: Index, label: Label, way: Way) -> Index:
-    """The index with the digits of one label replaced."""
+def outermost(entry: Entry) -> tuple[Digit, Size]:
+    """The leading digit of an entry and how many elements one step of it spans."""
+    return entry[0] if entry else Digit(None, 0, 1), prod((d.base for d in entry[1:]), start=1)
+
+
+def moved(entry: Entry, start: Size, size: Size) -> Entry | None:
+    """The entry of a part as one of the whole, where the part begins at `start`."""
+    first, span = outermost(entry)
+    if equal(start, 0) and equal(span * first.base, size):
+        return entry
+    if isinstance(first.label, Leaf) or not (divides(span, start) and divides(span, size)):
+        return None
+    return Digit(first.label, first.offset + start // span, size // span), *entry[1:]
+
+
+def substitute(index: Index, label: Label, way: Entry) -> Index:
+    """The index with one label replaced by the entry that runs over it."""
 
     def replaced(d: Digit) -> Entry:
         if d.label is label:
-            return way(d)
+            entry = moved(way, d.offset, d.base)
+            if entry is None:
+                raise Split(label, [way])
+            return entry
         if not isinstance(d.label, Leaf):
             return (d,)
         table = Leaf(d.label.node, substitute(d.label.index, label, way))
@@ -185,11 +191,6 @@ def broadcast(node: Node, index: Index) -> Index:
     return tuple(() if e and equal(n, 1) else e for n, e in zip(sizes, entries, strict=True))
 
 
-def outermost(entry: Entry) -> tuple[Digit, Size]:
-    """The leading digit of an entry and how many elements one step of it spans."""
-    return entry[0] if entry else Digit(None, 0, 1), prod((d.base for d in entry[1:]), start=1)
-
-
 def split_at(entry: Entry, inner: Size) -> tuple[Entry, Entry] | None:
     """The digits of an entry around its innermost `inner` elements, and those within."""
     spans = accumulate((d.base for d in reversed(entry)), operator.mul, initial=1)
@@ -199,14 +200,9 @@ def split_at(entry: Entry, inner: Size) -> tuple[Entry, Entry] | None:
 
 
 def shifted(source: Node, index: Index, dim: int, start: Size) -> Read:
-    """Read `source` with an index into its slice that begins at `start` along `dim`."""
-    entry, size = index[dim], shape(source)[dim]
-    first, span = outermost(entry)
-    if not (equal(start, 0) and equal(span * first.base, size)):
-        if isinstance(first.label, Leaf) or not (divides(span, start) and divides(span, size)):
-            return None
-        entry = Digit(first.label, first.offset + start // span, size // span), *entry[1:]
-    return source, (*index[:dim], entry, *index[dim + 1 :])
+    """Read `source` with an index into its part that begins at `start` along `dim`."""
+    entry = moved(index[dim], start, shape(source)[dim])
+    return None if entry is None else (source, (*index[:dim], entry, *index[dim + 1 :]))
 
 
 def pick_part(index: Index, dim: int, parts: list[tuple[Size, Size, Node, Size]]) -> Read:

@@ -62,7 +62,7 @@ def whole_pages(keys: list[Leaf], token: Label) -> tuple[list[Leaf], Group]:
         return keys, (token,)
 
     def read(tokens: Index) -> list[tuple[list[Leaf], Group]]:
-        whole_keys = (Leaf(x.node, substitute(x.index, token, lambda _: tokens[0])) for x in keys)
+        whole_keys = (Leaf(x.node, substitute(x.index, token, tokens[0])) for x in keys)
         return [([descend(key) for key in whole_keys], tuple(d.label for d in tokens[0]))]
 
     try:

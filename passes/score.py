@@ -12,14 +12,13 @@ from torch.fx import Node
 
 from mla_compile.passes.graph import INTEGERS, argument, aten, dtype, is_tensor, prims
 from mla_compile.passes.indexing import (
+    Entry,
     Group,
     Index,
     Label,
     Leaf,
     Split,
-    Way,
     cut,
-    narrowed,
     relabel,
     settle,
     substitute,
@@ -271,7 +270,7 @@ def cut_at_value(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
 
 def is_latent(term: CacheTerm, values: CacheTerm) -> bool:
     """Its key is the value: the same element, were their features the same."""
-    key = part_of(term, narrowed(values.feature, 0)).key
+    key = part_of(term, whole(values.feature)).key
     return key.key == values.key.key and equal(term.feature.size, values.feature.size)
 
 
@@ -289,10 +288,10 @@ def cut_columns(term: CacheTerm, values: CacheTerm) -> None:
         raise cut(term.feature, [n for n in sizes if not equal(n, 0)])
 
 
-def part_of(term: CacheTerm, way: Way) -> CacheTerm:
+def part_of(term: CacheTerm, way: Entry) -> CacheTerm:
     """A contraction over a part of its features."""
     key, *factors = (
         Leaf(x.node, substitute(x.index, term.feature, way)) for x in (term.key, *term.factors)
     )
-    (feature,) = way(*whole(term.feature))
+    (feature,) = way
     return replace(term, factors=tuple(factors), key=key, feature=feature.label)
