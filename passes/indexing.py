@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, repeat
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, TypeVar
 
@@ -113,10 +113,13 @@ def refined(label: Label, size: Size) -> Split:
 
 
 def cut(label: Label, sizes: list[Size]) -> Split:
-    """Into consecutive parts of these sizes, a label each."""
-    begins = zip(accumulate(sizes, initial=0), sizes, strict=False)
-    parts = [Digit(Label(f"{label}@{begin}", n), begin, label.size) for begin, n in begins]
-    return Split(label, [(part,) for part in parts])
+    """Into consecutive parts of these sizes, a label for each that is not empty."""
+    ways = [
+        (Digit(Label(f"{label}@{begin}", n), begin, label.size),)
+        for begin, n in zip(accumulate(sizes, initial=0), sizes, strict=False)
+        if not equal(n, 0)
+    ]
+    return Split(label, ways)
 
 
 def every_digit(index: Index) -> Iterator[Digit]:
@@ -153,7 +156,8 @@ def moved(entry: Entry, start: Size, size: Size) -> Entry | None:
         return entry
     if isinstance(first.label, Leaf) or not (divides(span, start) and divides(span, size)):
         return None
-    return Digit(first.label, first.offset + start // span, size // span), *entry[1:]
+    first = Digit(first.label, first.offset + start // span, size // span)
+    return entry[1:] if equal(first.base, 1) else (first, *entry[1:])
 
 
 def substitute(index: Index, label: Label, way: Entry) -> Index:
@@ -205,28 +209,22 @@ def shifted(source: Node, index: Index, dim: int, start: Size) -> Read:
     return None if entry is None else (source, (*index[:dim], entry, *index[dim + 1 :]))
 
 
-def pick_part(index: Index, dim: int, parts: list[tuple[Size, Size, Node, Size]]) -> Read:
+def pick_part(index: Index, dim: int, borders: list[Size], parts: list[tuple[Any, Size]]) -> Read:
     """Read a tensor made of consecutive parts along `dim` from the one the index is in.
 
-    A part is where it begins, its length, the tensor it is of, and where it begins in that.
+    A part, from one of the `borders` to the next, is of a tensor that begins at a position.
     """
     first, span = outermost(index[dim])
-    divided = all(divides(span, n) for begin, length, *_ in parts for n in (begin, length))
-    if isinstance(first.label, Leaf) or not divided:
+    if isinstance(first.label, Leaf) or not all(divides(span, border) for border in borders):
         return None
+    borders = [border // span for border in borders]
     low, high = first.offset, first.offset + (first.label.size if first.label else 1)
-    cuts = []
-    for part_begin, length, source, offset in parts:
-        begin, end = part_begin // span, (part_begin + length) // span
+    for (begin, end), (source, start) in zip(pairwise(borders), parts, strict=True):
         if true(low >= begin) and true(high <= end):
-            local = Digit(first.label, low - begin, end - begin), *index[dim][1:]
-            entry = tuple(d for d in local if not equal(d.base, 1))
-            return shifted(source, (*index[:dim], entry, *index[dim + 1 :]), dim, offset)
-        inside = (end if true(end <= high) else high) - (begin if true(begin >= low) else low)
-        if true(inside > 0):
-            cuts.append(inside)
-    if isinstance(first.label, Label) and len(cuts) > 1 and equal(sum(cuts), first.label.size):
-        raise cut(first.label, cuts)
+            return shifted(source, index, dim, -start)
+    inside = [border for border in borders if true(low < border) and true(border < high)]
+    if first.label and inside and len(parts) > 1:
+        raise cut(first.label, [b - a for a, b in pairwise((low, *inside, high))])
     return None
 
 
@@ -285,43 +283,35 @@ def _permute(node: Node, index: Index) -> Read:
 
 
 def _slice(node: Node, index: Index) -> Read:
+    """A slice or, without its dimension, one element of a select."""
     source: Node = node.args[0]
-    dim = _axis(node, len(index))
-    size, start = shape(source)[dim], argument(node, "start", 0)
-    if isinstance(start, int) and start < 0:
-        start = start + size
-    inside = argument(node, "step", 1) == 1 and true(start >= 0) and true(start <= size)
-    return shifted(source, index, dim, start) if inside else None
-
-
-def _select(node: Node, index: Index) -> Read:
-    sizes, at = shape(node.args[0]), argument(node, "index")
-    dim = _axis(node, len(sizes))
-    at = at + sizes[dim] if true(at < 0) else at
-    entry = (Digit(None, at, sizes[dim]),)
-    return (node.args[0], (*index[:dim], entry, *index[dim:])) if true(at >= 0) else None
+    dim, one = _axis(node, len(shape(source))), node.target is aten.select.int
+    size, start = shape(source)[dim], argument(node, "index" if one else "start", 0)
+    start = start + size if true(start < 0) else start
+    index = (*index[:dim], (), *index[dim:]) if one else index
+    inside = one or (argument(node, "step", 1) == 1 and true(start <= size))
+    return shifted(source, index, dim, start) if inside and true(start >= 0) else None
 
 
 def _piece(node: Node, index: Index) -> Read:
+    """A part of a split or, without its dimension, one element of an unbind."""
     pieces, which = node.args
-    if pieces.target is aten.unbind.int:
-        dim = _axis(pieces, len(index) + 1)
-        entry = (Digit(None, which, shape(pieces.args[0])[dim]),)
-        return pieces.args[0], (*index[:dim], entry, *index[dim:])
-    if pieces.target not in (aten.split_with_sizes.default, aten.split.Tensor):
+    if pieces.target not in _PIECES:
         return None
-    dim = _axis(pieces, len(index))
+    source: Node = pieces.args[0]
+    dim = _axis(pieces, len(shape(source)))
+    if pieces.target is aten.unbind.int:
+        return shifted(source, (*index[:dim], (), *index[dim:]), dim, which)
     start = sum((v.shape[dim] for v in pieces.meta["val"][:which]), start=0)
-    return shifted(pieces.args[0], index, dim, start)
+    return shifted(source, index, dim, start)
 
 
 def _cat(node: Node, index: Index) -> Read:
     sources, dim = node.args[0], _axis(node, len(index))
     if any(len(shape(source)) != len(index) for source in sources):
         return None
-    lengths = [shape(source)[dim] for source in sources]
-    parts = zip(accumulate(lengths, initial=0), lengths, sources, repeat(0), strict=False)
-    return pick_part(index, dim, list(parts))
+    borders = [*accumulate((shape(source)[dim] for source in sources), initial=0)]
+    return pick_part(index, dim, borders, [*zip(sources, borders, strict=False)])
 
 
 def _slice_scatter(node: Node, index: Index) -> Read:
@@ -329,10 +319,8 @@ def _slice_scatter(node: Node, index: Index) -> Read:
     dim, start = _axis(node, len(index)), argument(node, "start", 0)
     if argument(node, "step", 1) != 1 or not true(start >= 0):
         return None
-    size, length = shape(node)[dim], shape(source)[dim]
-    end = start + length
-    parts = [(0, start, base, 0), (start, length, source, 0), (end, size - end, base, end)]
-    return pick_part(index, dim, parts)
+    borders = [0, start, start + shape(source)[dim], shape(node)[dim]]
+    return pick_part(index, dim, borders, [(base, 0), (source, start), (base, 0)])
 
 
 def _pad(node: Node, index: Index) -> Read:
@@ -342,7 +330,8 @@ def _pad(node: Node, index: Index) -> Read:
     pads = [n.meta["val"] if isinstance(n, Node) else n for n in node.args[1]]
     for dim, before, after in zip(range(len(index))[::-1], pads[::2], pads[1::2], strict=False):
         if read and not (equal(before, 0) and equal(after, 0)):
-            read = pick_part(read[1], dim, [(before, shape(source)[dim], source, 0)])
+            borders = [before, before + shape(source)[dim]]
+            read = pick_part(read[1], dim, borders, [(source, before)])
     return read
 
 
@@ -358,12 +347,13 @@ def _gather(node: Node, index: Index) -> Read:
     return source, (*index[:dim], entry, *index[after:])
 
 
+_PIECES = frozenset({aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int})
 _RULES: dict[Any, Callable[[Node, Index], Read]] = {
     **dict.fromkeys(COPIES | {aten.copy.default, aten.expand.default, aten.repeat.default}, _same),
     **dict.fromkeys(RESHAPES, _reshape),
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
-    aten.select.int: _select,
+    aten.select.int: _slice,
     operator.getitem: _piece,
     aten.cat.default: _cat,
     aten.slice_scatter.default: _slice_scatter,

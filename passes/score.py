@@ -285,7 +285,7 @@ def cut_columns(term: CacheTerm, values: CacheTerm) -> None:
     begin, width = at.offset - here.offset, term.feature.size
     sizes = [b - a for a, b in pairwise((0, begin, begin + values.feature.size, width))]
     if all(true(n >= 0) for n in sizes) and not equal(sizes[1], width):
-        raise cut(term.feature, [n for n in sizes if not equal(n, 0)])
+        raise cut(term.feature, sizes)
 
 
 def part_of(term: CacheTerm, way: Entry) -> CacheTerm:
