@@ -195,12 +195,31 @@ def broadcast(node: Node, index: Index) -> Index:
     return tuple(() if e and equal(n, 1) else e for n, e in zip(sizes, entries, strict=True))
 
 
-def split_at(entry: Entry, inner: Size) -> tuple[Entry, Entry] | None:
-    """The digits of an entry around its innermost `inner` elements, and those within."""
-    spans = accumulate((d.base for d in reversed(entry)), operator.mul, initial=1)
-    ends = (len(entry) - i for i, span in enumerate(spans) if equal(span, inner))
-    at = next(ends, None)
-    return None if at is None else (entry[:at], entry[at:])
+def split_at(entry: Entry, inner: Size, span: Size = 1) -> tuple[Entry, Entry] | None:
+    """The digits of an entry around its innermost `inner` elements, and those within.
+
+    One on both sides of the border is split where only its inner part varies, else it is refined.
+    What was taken from the entry spans `span` elements.
+    """
+    if equal(span, inner):
+        return entry, ()
+    if not entry:
+        return None
+    *rest, digit = entry
+    label, reach = digit.label, span * digit.base
+    if divides(reach, inner):
+        parts = split_at(tuple(rest), inner, reach)
+        return parts and (parts[0], (*parts[1], digit))
+    size = inner // span
+    if isinstance(label, Leaf) or not (equal(span * size, inner) and divides(size, digit.base)):
+        return None
+    begin = digit.offset % size
+    if label is None or true(begin + label.size <= size):
+        outer = Digit(None, digit.offset // size, digit.base // size)
+        return (*rest, outer), (Digit(label, begin, size),)
+    if divides(size, digit.offset) and divides(size, label.size):
+        raise refined(label, size)
+    return None
 
 
 def shifted(source: Node, index: Index, dim: int, start: Size) -> Read:
@@ -233,47 +252,29 @@ def _axis(node: Node, rank: int) -> int:
 
 
 def _same(node: Node, index: Index) -> Read:
-    """A copy, or a tensor that is expanded or repeated."""
+    """A copy, or a tensor that is expanded or repeated.  One label over its copies is not split."""
     source = node.args[1 if node.target is aten.copy.default else 0]
     sizes = shape(node)[len(index) - len(shape(source)) :]
     dims = zip(broadcast(source, index), shape(source), sizes, strict=True)
-    parts = [((), entry) if equal(n, m) else split_at(entry, n) for entry, n, m in dims]
+    try:
+        parts = [((), entry) if equal(n, m) else split_at(entry, n) for entry, n, m in dims]
+    except Split:
+        return None
     if None in parts or dtype(source) != dtype(node):
         return None
     return source, tuple(x for _, x in filter(None, parts))
 
 
 def _reshape(node: Node, index: Index) -> Read:
-    """The digits of the whole index, dealt out anew to the dimensions of the source.
-
-    One on both sides of a border is split where only its inner part varies, else it is refined.
-    """
-    digits = [d for entry in index for d in entry if not equal(d.base, 1)]
+    """The digits of the whole index, dealt out anew to the dimensions of the source."""
+    digits = tuple(d for entry in index for d in entry if not equal(d.base, 1))
     entries: list[Entry] = []
     for size in reversed(shape(node.args[0])):
-        entry: list[Digit] = []
-        span: Size = 1
-        while not equal(span, size):
-            if not digits:
-                return None
-            digit = digits.pop()
-            reach = span * digit.base if entry else digit.base
-            if not divides(reach, size):
-                inner = size // span
-                if not (equal(span * inner, size) and divides(inner, digit.base)):
-                    return None
-                label, begin = digit.label, digit.offset % inner
-                if isinstance(label, Leaf):
-                    return None
-                if label and not true(begin + label.size <= inner):
-                    if divides(inner, digit.offset) and divides(inner, label.size):
-                        raise refined(label, inner)
-                    return None
-                digits.append(Digit(None, digit.offset // inner, digit.base // inner))
-                digit, reach = Digit(label, begin, inner), size
-            entry.insert(0, digit)
-            span = reach
-        entries.insert(0, tuple(entry))
+        parts = split_at(digits, size)
+        if parts is None:
+            return None
+        digits, entry = parts
+        entries.insert(0, entry)
     return None if digits else (node.args[0], tuple(entries))
 
 

@@ -41,7 +41,6 @@ from mla_compile.passes.indexing import (
     Split,
     broadcast,
     labels_of,
-    refined,
     relabel,
     settle,
     split_at,
@@ -330,8 +329,6 @@ class Evaluator:
         scale = float(argument(call, "scale", width**-0.5))
         batch, head, row, column = index
         groups = [split_at(head, heads // n) for n in (of_keys, shape(value)[1])]
-        if None in groups and len(head) == 1 and head[0].full:
-            raise refined(head[0].label, heads // of_keys)
         if None in groups:
             detail = f"{of_keys} key heads for {heads} query heads in a fused attention call"
             raise Refusal(Reason.NO_LATENT, detail)
