@@ -215,15 +215,13 @@ class Evaluator:
         self.expanded.add(node)
         *added, a, b = node.args
         *batch, row, column = index
+        alpha, beta = float(argument(node, "alpha", 1)), float(argument(node, "beta", 1))
         terms = self._sum(
             [shape(a)[-1]],
             lambda k: self._product((a, (*batch, row, k)), (b, (*batch, k, column))),
             time=node is self.attention.contraction,
         )
-        if not added:
-            return terms
-        alpha, beta = float(argument(node, "alpha", 1)), float(argument(node, "beta", 1))
-        bias = self.evaluate(added[0], index) if beta else []
+        bias = [term for x in added if beta for term in self.evaluate(x, index)]
         factors = [(t, alpha) for t in terms] + [(t, beta) for t in bias]
         return [replace(t, scale=t.scale * factor) for t, factor in factors]
 
@@ -324,36 +322,32 @@ class Evaluator:
             raise Refusal(Reason.CAUSAL, detail)
         if argument(call, "dropout_p", 0.0) != 0.0:
             raise Refusal(Reason.DROPOUT, "the fused attention call drops probabilities")
-        heads, of_keys = shape(query)[1], shape(key)[1]
-        width = shape(query)[-1]
+        heads, of_keys, width = shape(query)[1], shape(key)[1], shape(query)[3]
         scale = float(argument(call, "scale", width**-0.5))
-        batch, head, row, column = index
-        groups = [split_at(head, heads // n) for n in (of_keys, shape(value)[1])]
-        if None in groups:
+        mask = argument(call, "attn_mask", argument(call, "attn_bias"))
+        *rows, column = index
+        batch, head, _ = rows
+        of_k, of_v = (split_at(head, heads // shape(x)[1]) for x in (key, value))
+        if of_k is None or of_v is None:
             detail = f"{of_keys} key heads for {heads} query heads in a fused attention call"
             raise Refusal(Reason.NO_LATENT, detail)
-        of_k, of_v = (group for group, _ in filter(None, groups))
+        in_key, in_value = (batch, of_k[0]), (batch, of_v[0])
 
         def attend(t: Entry) -> list[Term]:
             score = self._sum(
                 [width],
-                lambda k: self._product((query, (batch, head, row, k)), (key, (batch, of_k, t, k))),
+                lambda k: self._product((query, (*rows, k)), (key, (*in_key, t, k))),
                 time=False,
             )
             score = [replace(x, scale=x.scale * scale) for x in score]
-            score += self._fused_mask(call, (batch, head, row, t))
-            softmax = Term((self._rows(score, (batch, head, row), t),))
-            return [softmax.times(v) for v in self.evaluate(value, (batch, of_v, t, column))]
+            if mask is not None and dtype(mask) is torch.bool:
+                score.append(Term((Mask(settle(mask, (*rows, t)), True, -inf),)))
+            elif mask is not None:
+                score += self._addend(mask, (*rows, t))
+            softmax = Term((self._rows(score, tuple(rows), t),))
+            return [softmax.times(v) for v in self.evaluate(value, (*in_value, t, column))]
 
         return self._sum([shape(key)[2]], attend, time=True)
-
-    def _fused_mask(self, call: Node, index: Index) -> list[Term]:
-        mask = argument(call, "attn_mask", argument(call, "attn_bias"))
-        if mask is None:
-            return []
-        if dtype(mask) is torch.bool:
-            return [Term((Mask(settle(mask, index), True, -inf),))]
-        return self._addend(mask, index)
 
 
 def scaling(node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:
