@@ -9,9 +9,9 @@ not move data, so it only rewrites the index: `relabel(node, index)` gives the t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from math import prod
 from typing import Any, TypeVar
 
@@ -23,15 +23,11 @@ from mla_compile.passes.sizes import Size, divides, equal, expression, plain, tr
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
 class Label:
     """One loop index, running from 0 to size - 1.  Compared by identity."""
 
-    name: str
-    size: Size
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", plain(self.size))
+    def __init__(self, name: str, size: Size):
+        self.name, self.size = name, plain(size)
 
     def __repr__(self) -> str:
         return self.name
@@ -122,17 +118,11 @@ def cut(label: Label, sizes: list[Size]) -> Split:
     return Split(label, ways)
 
 
-def every_digit(index: Index) -> Iterator[Digit]:
-    """The digits of an index and of those it is read at."""
-    for digit in (d for entry in index for d in entry):
-        yield digit
-        if isinstance(digit.label, Leaf):
-            yield from every_digit(digit.label.index)
-
-
 def every_label(index: Index) -> list[Label]:
-    """The labels of an index, as often as it reads them."""
-    return [d.label for d in every_digit(index) if isinstance(d.label, Label)]
+    """The labels of an index and of those it is read at, as often as they are read."""
+    labels = [d.label for entry in index for d in entry]
+    of_tables = (every_label(x.index) for x in labels if isinstance(x, Leaf))
+    return [x for x in labels if isinstance(x, Label)] + [*chain.from_iterable(of_tables)]
 
 
 def labels_of(index: Index) -> frozenset[Label]:

@@ -9,7 +9,6 @@ from mla_compile.passes.indexing import (
     Label,
     Leaf,
     Split,
-    every_digit,
     labels_of,
     relabel,
     splitting,
@@ -24,7 +23,7 @@ def find_paging(site: MLASite) -> Paging | None:
     """How the caches are paged; None if they are not, or not both by the same table."""
     keys, time = [term.key for term in site.terms], site.time
     if len(time) == 1 and not site.masks:
-        keys, time = whole_pages(keys, *time)
+        keys, time = whole_pages(keys, *time) or (keys, time)
     tables = [table_of(key, site.batch, time) for key in keys]
     if None in tables:
         return None
@@ -52,24 +51,23 @@ def table_of(key: Leaf, batch: Group, time: Group) -> tuple[Leaf, Group, Label] 
     return table, pages, Label("page", shape(key.node)[dim])
 
 
-def whole_pages(keys: list[Leaf], token: Label) -> tuple[list[Leaf], Group]:
+def whole_pages(keys: list[Leaf], token: Label) -> tuple[list[Leaf], Group] | None:
     """Keys that read a slice of the tokens, as keys of all tokens; the op is told the length."""
-    digits = [d for key in keys for d in every_digit(key.index) if d.label is token]
-    base = digits[0].base
-    tabled = any(token in table.labels for key in keys for _, table in key.tables)
-    sliced = all(equal(d.offset, 0) and equal(d.base, base) for d in digits)
-    if tabled or not sliced or equal(base, token.size):
-        return keys, (token,)
+    digits = [d for key in keys for entry in key.index for d in entry if d.label is token]
+    if not digits or equal(digits[0].base, token.size):
+        return None
+    if not all(equal(d.offset, 0) and equal(d.base, digits[0].base) for d in digits):
+        return None
 
     def read(tokens: Index) -> list[tuple[list[Leaf], Group]]:
         whole_keys = (Leaf(x.node, substitute(x.index, token, tokens[0])) for x in keys)
         return [([descend(key) for key in whole_keys], tuple(d.label for d in tokens[0]))]
 
     try:
-        found, *others = splitting((whole(Label(token.name, base)),), read)
+        found, *others = splitting((whole(Label(token.name, digits[0].base)),), read)
     except Split:
-        return keys, (token,)
-    return (keys, (token,)) if others else found
+        return None
+    return None if others else found
 
 
 def descend(leaf: Leaf) -> Leaf:
