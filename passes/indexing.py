@@ -237,10 +237,6 @@ def pick_part(index: Index, dim: int, borders: list[Size], parts: list[tuple[Any
     return None
 
 
-def _axis(node: Node, rank: int) -> int:
-    return int(argument(node, "dim", 0)) % rank
-
-
 def _same(node: Node, index: Index) -> Read:
     """A copy, or a tensor that is expanded or repeated.  One label over its copies is not split."""
     source = node.args[1 if node.target is aten.copy.default else 0]
@@ -276,7 +272,7 @@ def _permute(node: Node, index: Index) -> Read:
 def _slice(node: Node, index: Index) -> Read:
     """A slice or, without its dimension, one element of a select."""
     source: Node = node.args[0]
-    dim, one = _axis(node, len(shape(source))), node.target is aten.select.int
+    dim, one = argument(node, "dim", 0) % len(shape(source)), node.target is aten.select.int
     size, start = shape(source)[dim], argument(node, "index" if one else "start", 0)
     start = start + size if true(start < 0) else start
     index = (*index[:dim], (), *index[dim:]) if one else index
@@ -287,10 +283,8 @@ def _slice(node: Node, index: Index) -> Read:
 def _piece(node: Node, index: Index) -> Read:
     """A part of a split or, without its dimension, one element of an unbind."""
     pieces, which = node.args
-    if pieces.target not in _PIECES:
-        return None
     source: Node = pieces.args[0]
-    dim = _axis(pieces, len(shape(source)))
+    dim = argument(pieces, "dim", 0) % len(shape(source))
     if pieces.target is aten.unbind.int:
         return shifted(source, (*index[:dim], (), *index[dim:]), dim, which)
     start = sum((v.shape[dim] for v in pieces.meta["val"][:which]), start=0)
@@ -298,7 +292,7 @@ def _piece(node: Node, index: Index) -> Read:
 
 
 def _cat(node: Node, index: Index) -> Read:
-    sources, dim = node.args[0], _axis(node, len(index))
+    sources, dim = node.args[0], argument(node, "dim", 0) % len(index)
     if any(len(shape(source)) != len(index) for source in sources):
         return None
     borders = [*accumulate((shape(source)[dim] for source in sources), initial=0)]
@@ -307,7 +301,7 @@ def _cat(node: Node, index: Index) -> Read:
 
 def _slice_scatter(node: Node, index: Index) -> Read:
     base, source = node.args[:2]
-    dim, start = _axis(node, len(index)), argument(node, "start", 0)
+    dim, start = argument(node, "dim", 0) % len(index), argument(node, "start", 0)
     if argument(node, "step", 1) != 1 or not true(start >= 0):
         return None
     borders = [0, start, start + shape(source)[dim], shape(node)[dim]]
@@ -338,14 +332,13 @@ def _gather(node: Node, index: Index) -> Read:
     return source, (*index[:dim], entry, *index[after:])
 
 
-_PIECES = frozenset({aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int})
 _RULES: dict[Any, Callable[[Node, Index], Read]] = {
     **dict.fromkeys(COPIES | {aten.copy.default, aten.expand.default, aten.repeat.default}, _same),
     **dict.fromkeys(RESHAPES, _reshape),
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
     aten.select.int: _slice,
-    operator.getitem: _piece,
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int), _piece),
     aten.cat.default: _cat,
     aten.slice_scatter.default: _slice_scatter,
     aten.constant_pad_nd.default: _pad,
@@ -358,7 +351,8 @@ def relabel(node: Node, index: Index) -> Read:
 
     Raises Split when the answer is different for different parts of a label.
     """
-    rule = _RULES.get(node.target)
+    view = node.args[0] if node.target is operator.getitem else node
+    rule = _RULES.get(view.target)
     return rule(node, broadcast(node, index)) if rule else None
 
 
