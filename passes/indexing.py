@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch.fx import Node
 
 from mla_compile.passes.graph import COPIES, INTEGERS, RESHAPES, argument, aten, dtype, shape
-from mla_compile.passes.sizes import Size, divides, equal, expression, plain, true
+from mla_compile.passes.sizes import Size, divides, equal, plain, true
 
 T = TypeVar("T")
 
@@ -53,10 +53,9 @@ class Digit:
         whole = isinstance(self.label, Label) and equal(self.offset, 0)
         return whole and equal(self.label.size, self.base)
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        label = self.label.key if isinstance(self.label, Leaf) else self.label
-        return label, expression(self.offset), expression(self.base)
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Digit) and self.label == other.label
+        return same and equal(self.offset, other.offset) and equal(self.base, other.base)
 
     def __repr__(self) -> str:
         shift = "" if self.full or equal(self.offset, 0) else f"+{self.offset}"
@@ -69,7 +68,7 @@ Index = tuple[Entry, ...]
 Read = tuple[Node, Index] | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Leaf:
     """One element of a tensor that the graph provides: `node[index]`."""
 
@@ -85,11 +84,6 @@ class Leaf:
         """The dimensions that are read where another tensor says, and its elements that say so."""
         entries = enumerate(self.index)
         return [(dim, d.label) for dim, e in entries for d in e if isinstance(d.label, Leaf)]
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for reads of the same element."""
-        return self.node, tuple(tuple(d.key for d in entry) for entry in self.index)
 
     def __repr__(self) -> str:
         return f"{self.node.name}[{', '.join('·'.join(map(repr, e)) or '0' for e in self.index)}]"

@@ -28,7 +28,7 @@ def find_paging(site: MLASite) -> Paging | None:
     if None in tables:
         return None
     (table, pages, page), (other, _, other_page) = tables[0], tables[-1]
-    if table.key != other.key or not equal(page.size, other_page.size):
+    if table != other or not equal(page.size, other_page.size):
         return None
     in_pool = tuple(
         Leaf(key.node, (*key.index[:dim], whole(page), *key.index[dim + 1 :]))

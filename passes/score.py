@@ -271,7 +271,7 @@ def cut_at_value(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
 def is_latent(term: CacheTerm, values: CacheTerm) -> bool:
     """Its key is the value: the same element, were their features the same."""
     key = part_of(term, whole(values.feature)).key
-    return key.key == values.key.key and equal(term.feature.size, values.feature.size)
+    return key == values.key and equal(term.feature.size, values.feature.size)
 
 
 def cut_columns(term: CacheTerm, values: CacheTerm) -> None:
