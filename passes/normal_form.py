@@ -136,9 +136,8 @@ class Evaluator:
         if source := self._cast(node, index, context):
             return self.evaluate(source, index, context)
         if scaled := scaling(node):
-            source, number, scalars = scaled
-            terms = self.evaluate(source, index, context)
-            return [replace(t, scale=t.scale * number, scalars=t.scalars + scalars) for t in terms]
+            source, factor = scaled
+            return [t.times(factor) for t in self.evaluate(source, index, context)]
         if context is not Context.SCORE and self._stops(node, index):
             return leaf
         if node.target is operator.getitem and node.args[0] is attention.node:
@@ -350,10 +349,10 @@ class Evaluator:
         return self._sum([shape(key)[2]], attend, time=True)
 
 
-def scaling(node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:
+def scaling(node: Node) -> tuple[Node, Term] | None:
     """node = tensor times or over a number or one element, or -tensor.  Integers wrap around."""
     if node.target is aten.neg.default:
-        return node.args[0], -1.0, ()
+        return node.args[0], Term((), scale=-1.0)
     if node.target not in SCALINGS:
         return None
     inverse = node.target in DIVISIONS
@@ -361,7 +360,7 @@ def scaling(node: Node) -> tuple[Node, float, tuple[Scalar, ...]] | None:
         if not is_tensor(tensor) or is_scalar_tensor(tensor) or dtype(tensor) not in FLOATS:
             continue
         if number := constant(factor):
-            return tensor, 1 / number if inverse else number, ()
+            return tensor, Term((), scale=1 / number if inverse else number)
         if is_scalar_tensor(factor) and constant(factor) is None:
-            return tensor, 1.0, (Scalar(factor, inverse),)
+            return tensor, Term((), scalars=(Scalar(factor, inverse),))
     return None
