@@ -96,12 +96,6 @@ class Split(Exception):
         self.label, self.ways = label, ways
 
 
-def refined(label: Label, size: Size) -> Split:
-    """Into an outer and an inner label, the inner one of this size."""
-    outer, inner = Label(f"{label}o", label.size // size), Label(f"{label}i", size)
-    return Split(label, [whole(outer) + whole(inner)])
-
-
 def cut(label: Label, sizes: list[Size]) -> Split:
     """Into consecutive parts of these sizes, a label for each that is not empty."""
     ways = [
@@ -179,36 +173,43 @@ def broadcast(node: Node, index: Index) -> Index:
     return tuple(() if e and equal(n, 1) else e for n, e in zip(sizes, entries, strict=True))
 
 
-def split_at(entry: Entry, inner: Size, span: Size = 1) -> tuple[Entry, Entry] | None:
-    """The digits of an entry around its innermost `inner` elements, and those within.
+def split_at(entry: Entry, within: Size, span: Size = 1) -> tuple[Entry, Entry] | None:
+    """The digits of an entry around its innermost `within` elements, and those within.
 
     One on both sides of the border is split where only its inner part varies, else it is refined.
     What was taken from the entry spans `span` elements.
     """
-    if equal(span, inner):
+    if equal(span, within):
         return entry, ()
     if not entry:
         return None
     *rest, digit = entry
     label, reach = digit.label, span * digit.base
-    if divides(reach, inner):
-        parts = split_at(tuple(rest), inner, reach)
+    if divides(reach, within):
+        parts = split_at(tuple(rest), within, reach)
         return parts and (parts[0], (*parts[1], digit))
-    size = inner // span
-    if isinstance(label, Leaf) or not (equal(span * size, inner) and divides(size, digit.base)):
+    size = within // span
+    if isinstance(label, Leaf) or not (equal(span * size, within) and divides(size, digit.base)):
         return None
     begin = digit.offset % size
     if label is None or true(begin + label.size <= size):
-        outer = Digit(None, digit.offset // size, digit.base // size)
-        return (*rest, outer), (Digit(label, begin, size),)
+        constant = Digit(None, digit.offset // size, digit.base // size)
+        return (*rest, constant), (Digit(label, begin, size),)
     if divides(size, digit.offset) and divides(size, label.size):
-        raise refined(label, size)
+        outer, inner = Label(f"{label}o", label.size // size), Label(f"{label}i", size)
+        raise Split(label, [whole(outer) + whole(inner)])
     return None
 
 
-def shifted(source: Node, index: Index, dim: int, start: Size) -> Read:
-    """Read `source` with an index into its part that begins at `start` along `dim`."""
-    entry = moved(index[dim], start, shape(source)[dim])
+def shifted(source: Any, index: Index, dim: int, start: Size) -> Read:
+    """Read `source` with an index into its part that begins at `start` along `dim`.
+
+    Without that dimension the part is one element.
+    """
+    sizes = shape(source)
+    dim %= len(sizes)
+    index = index if len(index) == len(sizes) else (*index[:dim], (), *index[dim:])
+    entry = moved(index[dim], start, sizes[dim])
     return None if entry is None else (source, (*index[:dim], entry, *index[dim + 1 :]))
 
 
@@ -264,25 +265,22 @@ def _permute(node: Node, index: Index) -> Read:
 
 
 def _slice(node: Node, index: Index) -> Read:
-    """A slice or, without its dimension, one element of a select."""
-    source: Node = node.args[0]
-    dim, one = argument(node, "dim", 0) % len(shape(source)), node.target is aten.select.int
-    size, start = shape(source)[dim], argument(node, "index" if one else "start", 0)
+    """A slice, or the element that is selected."""
+    one = node.target is aten.select.int
+    dim, start = argument(node, "dim", 0), argument(node, "index" if one else "start", 0)
+    size = shape(node.args[0])[dim]
     start = start + size if true(start < 0) else start
-    index = (*index[:dim], (), *index[dim:]) if one else index
     inside = one or (argument(node, "step", 1) == 1 and true(start <= size))
-    return shifted(source, index, dim, start) if inside and true(start >= 0) else None
+    return shifted(node.args[0], index, dim, start) if inside and true(start >= 0) else None
 
 
 def _piece(node: Node, index: Index) -> Read:
-    """A part of a split or, without its dimension, one element of an unbind."""
-    pieces, which = node.args
-    source: Node = pieces.args[0]
-    dim = argument(pieces, "dim", 0) % len(shape(source))
-    if pieces.target is aten.unbind.int:
-        return shifted(source, (*index[:dim], (), *index[dim:]), dim, which)
-    start = sum((v.shape[dim] for v in pieces.meta["val"][:which]), start=0)
-    return shifted(source, index, dim, start)
+    """A part of a split, or an element that is unbound."""
+    pieces, start = node.args
+    dim = argument(pieces, "dim", 0)
+    if pieces.target is not aten.unbind.int:
+        start = sum((v.shape[dim] for v in pieces.meta["val"][:start]), start=0)
+    return shifted(pieces.args[0], index, dim, start)
 
 
 def _cat(node: Node, index: Index) -> Read:
