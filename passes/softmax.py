@@ -7,8 +7,8 @@ values are weighed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Set
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Set
+from dataclasses import dataclass, field, replace
 from math import inf, prod
 
 from torch.fx import Graph, Node
@@ -36,47 +36,22 @@ from mla_compile.passes.sizes import equal, same_sizes
 # What probabilities stay probabilities through, up to a factor.
 CARRIERS = WHOLE | {aten.mul.Tensor, aten.slice.Tensor}
 
-
-@dataclass(frozen=True, eq=False)
-class RowSum:
-    """`total` = Σ exponential over an axis, exponential = exp(scores - shift).
-
-    The shift is constant along the axis, or None.
-    """
-
-    total: Node
-    exponential: Node
-    scores: Node
-    shift: Node | None
-    axis: int
-
-    def logarithms(self, scores: Node) -> Iterator[Node]:
-        """log Σ exp(scores), with or without the axis: log(total) + shift, if they have it yet."""
-        scores = original(scores)
-        for log in (u for u in self.total.users if u.target is aten.log.default):
-            if scores is original(self.exponential.args[0]):
-                yield log
-            for add in log.users if self.shift and scores is original(self.scores) else ():
-                if add.target is not aten.add.Tensor or add.kwargs:
-                    continue
-                other = add.args[1] if add.args[0] is log else add.args[0]
-                ours = is_tensor(other) and in_order(other) is in_order(self.shift)
-                if ours and equal(prod(shape(add)), prod(shape(log))):
-                    yield add
+RowSum = tuple[Node, Node, int]  # Σ exp(scores - a shift of the row), the exponentials, the axis
+Logs = dict[Node, tuple[Node, int]]  # what holds log Σ exp(scores), and these scores and the axis
 
 
 @dataclass(frozen=True, eq=False)
 class Normalised:
     """A softmax of `scores` over `axis`: `node`, or `node` over `total` where that is not None.
 
-    A fused attention call is one without `scores`.  `sums` are all of the graph.
+    A fused attention call is one without `scores`.  `logs` are all of the graph.
     """
 
     node: Node
     scores: Node | None = None
     axis: int = -1
     total: Node | None = None
-    sums: tuple[RowSum, ...] = ()
+    logs: Logs = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,49 +59,64 @@ class Attention(Normalised):
     """A softmax, the `contraction` that consumes it, and the `path` from it to the `root`.
 
     The root is the contraction or, with a `total`, the division after it; that of a fused call is
-    its first result; or a slice of these.  `lse` are the nodes that hold log Σ exp(scores), if any
-    is used elsewhere.
+    its first result; or a slice of these.  `lse` are those `logs` of its scores that are used
+    elsewhere.
     """
 
     contraction: Node
     root: Node
-    path: frozenset[Node]
+    path: Set[Node]
     lse: tuple[Node, ...] = ()
 
 
 def find_softmaxes(graph: Graph) -> list[Normalised]:
     """Every softmax of the graph, in order, however it is written."""
-    sums = tuple(row_sums(graph))
+    sums = list(row_sums(graph))
+    logs = logarithms(sums)
     found = [Normalised(n) for n in graph.nodes if n.target in FUSED_ATTENTION]
-    for row in sums:
-        scores = unshifted(row.scores, row.axis)
-        divided = [
-            user
-            for e in reached(row.exponential, lambda n: filter(unchanged, n.users))
-            for user in e.users
-            if is_normalised(user, e, row)
-        ]
-        later = Normalised(row.exponential, scores, row.axis, row.total, sums)
-        nodes = (without_empty_rows(division, scores, row.axis) for division in divided)
+    for total, exponential, axis in sums:
+        scores = unshifted(exponential.args[0], axis)
+        weights = reached(exponential, lambda n: filter(unchanged, n.users))
+        divided = [u for e in weights for u in e.users if is_normalised(u, e, total, axis)]
+        later = Normalised(exponential, scores, axis, total, logs)
+        nodes = (without_empty_rows(division, scores, axis) for division in divided)
         found += [replace(later, node=node, total=None) for node in nodes] or [later]
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
-        for row in sums if shift is not None else ():
-            if per_row(shift, scores, row.axis) in row.logarithms(scores):
-                plain = unshifted(scores, row.axis)
-                found.append(Normalised(exponential, plain, row.axis, None, sums))
+        summed_up, axis = logs.get(shift and in_order(shift), (None, 0))
+        if summed_up is original(scores) and is_per_row(shift, scores, axis):
+            found.append(Normalised(exponential, unshifted(scores, axis), axis, None, logs))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
 def row_sums(graph: Graph) -> Iterator[RowSum]:
-    for total in filter(is_sum, graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
-        exponential, rank = original(total.args[0]), len(shape(total.args[0]))
-        if exponential.target is not aten.exp.default or len(summed(total)) != 1 or rank == 0:
-            continue
-        axis = summed(total)[0] % rank
+    for total in filter(is_row_sum, graph.nodes):
+        exponential = original(total.args[0])
+        if exponential.target is aten.exp.default and shape(exponential):
+            axis = summed(total)[0] % len(shape(exponential))
+            scores, shift = split_shift(exponential.args[0])
+            if shift is None or is_per_row(shift, scores, axis):
+                yield total, exponential, axis
+
+
+def is_row_sum(node: Node) -> bool:
+    return is_sum(node) and len(summed(node)) == 1
+
+
+def logarithms(sums: Iterable[RowSum]) -> Logs:
+    """log Σ exp(scores), with or without the axis: log(total), and log(total) + shift."""
+    found: Logs = {}
+    for total, exponential, axis in sums:
         scores, shift = split_shift(exponential.args[0])
-        if shift is None or per_row(shift, scores, axis) is not None:
-            yield RowSum(total, exponential, scores, shift, axis)
+        for log in (u for u in total.users if u.target is aten.log.default):
+            found[log] = original(exponential.args[0]), axis
+            for add in log.users if shift else ():
+                if add.target is aten.add.Tensor and not add.kwargs:
+                    others = [in_order(x) for x in add.args if is_tensor(x) and x is not log]
+                    alike = equal(prod(shape(add)), prod(shape(log)))
+                    if alike and others == [in_order(shift)]:
+                        found[add] = original(scores), axis
+    return found
 
 
 def split_shift(scores: Node) -> tuple[Node, Node | None]:
@@ -139,9 +129,7 @@ def split_shift(scores: Node) -> tuple[Node, Node | None]:
 def unshifted(scores: Node, axis: int) -> Node:
     """The scores before something constant along the axis was subtracted: no softmax sees it."""
     before, shift = split_shift(scores)
-    if shift is None or per_row(shift, scores, axis) is None:
-        return scores
-    return unshifted(before, axis)
+    return unshifted(before, axis) if shift and is_per_row(shift, scores, axis) else scores
 
 
 def original(node: Node) -> Node:
@@ -151,12 +139,11 @@ def original(node: Node) -> Node:
     return node
 
 
-def per_row(node: Node, like: Node, axis: int) -> Node | None:
-    """The node behind one that has an element for each row of `like`, and size 1 along the axis."""
+def is_per_row(node: Node, like: Node, axis: int) -> bool:
+    """It has an element for each row of `like`, and size 1 along the axis."""
     sizes = shape(like)
     rows = (*sizes[:axis], 1, *sizes[axis + 1 :])
-    found = axis < len(sizes) and same_sizes(shape(node), rows)
-    return in_order(node) if found else None
+    return axis < len(sizes) and same_sizes(shape(node), rows)
 
 
 def in_order(node: Node) -> Node:
@@ -169,16 +156,13 @@ def in_order(node: Node) -> Node:
     return node
 
 
-def is_normalised(node: Node, weights: Node, row: RowSum) -> bool:
-    """The node is weights / row.total, element by element."""
-    parts = division(node)
-    if parts is None or parts[0] is not weights:
+def is_normalised(node: Node, weights: Node, total: Node, axis: int) -> bool:
+    """The node is weights / total, element by element."""
+    weighed, by, inverse = division(node) or (None, None, False)
+    if weighed is not weights or not is_per_row(by, weights, axis):
         return False
-    _, by, inverse = parts
-    total = per_row(by, weights, row.axis)
-    if inverse and total:
-        total = in_order(total.args[0]) if total.target is aten.reciprocal.default else None
-    return total is row.total
+    behind = in_order(by)
+    return total is (in_order(behind.args[0]) if inverse else behind)
 
 
 def division(node: Node) -> tuple[Node, Node, bool] | None:
@@ -203,7 +187,7 @@ def without_empty_rows(probabilities: Node, scores: Node, axis: int) -> Node:
 
 def sees_nothing(condition: Node, scores: Node, axis: int) -> bool:
     """condition = not any(not (scores == -inf)) of the row, as ATen's safe softmax says it."""
-    if per_row(condition, scores, axis) is None:
+    if not is_per_row(condition, scores, axis):
         return False
     for target in (aten.logical_not.default, aten.any.dim, aten.logical_not.default):
         if condition.target is not target:
@@ -233,46 +217,42 @@ def is_attention(softmax: Normalised) -> bool:
 def has_queries(softmax: Normalised) -> bool:
     """Its scores are contractions; they may be, where they come from outside of the graph."""
 
-    def contracts(node: Node) -> bool:
-        summed = is_sum(node) and node.args[0].target is aten.mul.Tensor
-        return summed or node.target in CONTRACTIONS | FUSED_ATTENTION
-
-    return any(node.op == "placeholder" or contracts(node) for node in parts_of_scores(softmax))
+    products = CONTRACTIONS | FUSED_ATTENTION
+    return any(
+        node.op == "placeholder"
+        or node.target in products
+        or (is_sum(node) and node.args[0].target is aten.mul.Tensor)
+        for node in parts_of_scores(softmax)
+    )
 
 
 def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
     """The scores and what they are made of, element by element or joined."""
 
     def joined(node: Node) -> list[Node]:
-        inputs = [x for x in node.all_input_nodes if is_tensor(x)]
-        if node.target in RENAMES or node.target is aten.cat.default:
-            return inputs
-        return [x for x in inputs if same_sizes(shape(x), shape(node))]
+        inputs, any_size = filter(is_tensor, node.all_input_nodes), RENAMES | {aten.cat.default}
+        return [x for x in inputs if node.target in any_size or same_sizes(shape(x), shape(node))]
 
-    yield from reached(softmax.scores or softmax.node, joined)
+    return reached(softmax.scores or softmax.node, joined)
 
 
 def attention_of(softmax: Normalised) -> Attention:
     """The softmax and the contraction that consumes it.  Refuses if anything else does."""
-    node, total = softmax.node, softmax.total
-    if softmax.scores is None:
-        used = [u for u in node.users if u.users]
-        if [u.args[1] for u in used] != [0]:
-            raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used")
-        (root,) = used
-        return Attention(node, contraction=root, root=root, path=frozenset({node, root}))
     contraction, path = consumer(softmax)
     root = contraction
-    if total is not None:
+    if softmax.total is not None:
         for root in only_readers(contraction, {aten.div.Tensor, aten.mul.Tensor}):
-            path |= {root}
+            path.add(root)
             if division(root):
                 break
         else:
             detail = "the values are weighed by exponentials that no sum divides"
             raise Refusal(Reason.SOFTMAX, detail, root)
-    logs = (x.logarithms(softmax.scores) for x in softmax.sums if x.axis == softmax.axis)
-    lse = tuple(log for of in logs for log in of if escape(log, {root, node}))
+    lse = tuple(
+        log
+        for log, of in softmax.logs.items()
+        if of == (original(softmax.scores), softmax.axis) and escape(log, {root, softmax.node})
+    )
     return Attention(**vars(softmax), contraction=contraction, root=root, path=path, lse=lse)
 
 
@@ -288,7 +268,7 @@ def cropped(attention: Attention) -> Attention | None:
             same = reached(node, lambda n: [user for user in n.users if user.target in views])
             if any(user.target is aten.as_strided.default for n in same for user in n.users):
                 return None
-            return replace(attention, root=node, path=frozenset(path))
+            return replace(attention, root=node, path=path)
     return None
 
 
@@ -299,11 +279,19 @@ def only_readers(node: Node, others: Set[object]) -> Iterator[Node]:
         yield node
 
 
-def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
+def consumer(softmax: Normalised) -> tuple[Node, set[Node]]:
     """The one contraction that the weights end in, and the way to it; their sums do not count."""
+
+    def summed_up(node: Node) -> bool:
+        return is_row_sum(node) or (unchanged(node) and any(map(summed_up, node.users)))
+
     node, path = softmax.node, {softmax.node}
-    sums = [x.total for x in softmax.sums if softmax.total is not None and x.exponential is node]
-    beside = {x for total in sums for x in reached(total, lambda n: {*n.args[:1]} - {softmax.node})}
+    if softmax.scores is None:
+        used = [u for u in node.users if u.users]
+        if [u.args[1] for u in used] != [0]:
+            raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used")
+        return used[0], {node, used[0]}
+    beside = {u for u in node.users if softmax.total is not None and summed_up(u)}
     while True:
         users = [u for u in readers(node) if u not in beside]
         if len(users) != 1:
@@ -311,11 +299,10 @@ def consumer(softmax: Normalised) -> tuple[Node, frozenset[Node]]:
             raise Refusal(Reason.ESCAPE, f"the probabilities are used by {names}", node)
         user = users[0]
         path.add(user)
-        if user.target in CONTRACTIONS and node in user.args[-2:]:
-            return user, frozenset(path)
-        if node.target is aten.mul.Tensor and is_sum(user) and len(summed(user)) == 1:
-            return user, frozenset(path)
-        if is_random(user) or any(is_random(a) for a in user.all_input_nodes):
+        of_product = node.target is aten.mul.Tensor and is_row_sum(user)
+        if of_product or (user.target in CONTRACTIONS and node in user.args[-2:]):
+            return user, path
+        if is_random(user) or any(map(is_random, user.all_input_nodes)):
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
         if user.target is aten.div.Tensor and user.args[0] is node:
             raise Refusal(Reason.SINKS, f"{node.name} is divided by more than its sum", user)
