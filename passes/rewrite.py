@@ -37,6 +37,7 @@ class Rewriter:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.replaced: set[Node] = set()
+        self.results: dict[Node, Node] = {}  # what one attention gives may be what the next reads
         self.bodies: dict[Hashable, Graph] = {}
         self.symbols = measured(graph)
 
@@ -54,9 +55,11 @@ class Rewriter:
                     self.bodies[kind, *symbols] = traced(site, inputs)
             except Refusal as refusal:
                 return refusal.miss(site.root)
-            replacements = self.copy(self.bodies[kind, *symbols], inputs, site.root)
+            given = [self.results.get(x, x) for x in inputs]
+            replacements = self.copy(self.bodies[kind, *symbols], given, site.root)
         for old, new in zip(results, replacements, strict=True):
             old.replace_all_uses_with(new)
+            self.results[old] = new
         if site.lse:  # may be read before the attention's output
             stable_topological_sort(self.graph)
         self.replaced.add(site.softmax)
