@@ -7,7 +7,8 @@ not depend on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
+from contextlib import suppress
 from dataclasses import replace
 from math import isfinite
 
@@ -45,7 +46,7 @@ from mla_compile.passes.softmax import (
     Attention,
     Normalised,
     attention_of,
-    cropped,
+    crops,
     escape,
     find_softmaxes,
     has_queries,
@@ -56,61 +57,76 @@ from mla_compile.passes.softmax import (
 QUANTISED = ("scaled_mm", "int_mm", "int4", "int8", "quant", "packed")
 
 
-def recognise(graph: Graph) -> Iterator[MLASite | Miss]:
-    """What each attention of the graph is.  One may be rewritten before the next is asked for."""
+Sites = dict[Normalised, tuple[MLASite, Set[Node]]]  # and the nodes that are expanded for each
+
+
+def recognise(graph: Graph) -> list[MLASite | Miss]:
+    """What each attention of the graph is.
+
+    Several may share what is expanded for them: nobody needs it once all of them are rewritten.
+    """
     training = any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
     softmaxes = [x for x in find_softmaxes(graph) if is_attention(x)]
-    others = {x.node for x in softmaxes if not has_queries(x)}
-    for verdict in judge_all(softmaxes, training):
-        if isinstance(verdict, Miss) and verdict.attention in others:
-            verdict = replace(verdict, reason=Reason.NO_QUERY)
-        yield verdict
-
-
-def judge_all(softmaxes: list[Normalised], training: bool) -> Iterator[MLASite | Miss]:
-    sharing = []
+    misses: dict[Normalised, Miss] = {}
+    sites: Sites = {}
     for softmax in softmaxes:
         try:
             if training:
                 raise Refusal(Reason.TRAINING, "the graph also computes gradients")
-            attention = attention_of(softmax)
+            sites[softmax] = judge(attention_of(softmax))
         except Refusal as refusal:
-            yield refusal.miss(softmax.node)
-            continue
-        verdict = judge(attention)
-        if isinstance(verdict, Miss) and verdict.reason is Reason.ESCAPE:
-            sharing.append(attention)
-        else:
-            yield verdict
-    yield from judge_together(sharing)
+            miss = refusal.miss(softmax.node)
+            no_attention = not has_queries(softmax)
+            misses[softmax] = replace(miss, reason=Reason.NO_QUERY) if no_attention else miss
+    while refused := {x: miss for x in sites if (miss := objection(x, sites))}:
+        misses |= refused
+        sites = {x: found for x, found in sites.items() if x not in refused}
+    return [sites[x][0] if x in sites else misses[x] for x in softmaxes]
 
 
-def judge_together(attentions: list[Attention]) -> Iterator[MLASite | Miss]:
-    """Attentions that share what is expanded: nobody needs it once all of them are rewritten."""
-    roots = {attention.root for attention in attentions}
-    verdicts = {attention: judge(attention, roots) for attention in attentions}
-    refused = {a: verdict for a, verdict in verdicts.items() if isinstance(verdict, Miss)}
-    yield from (refused or verdicts).values()
-    if refused:
-        yield from judge_together([a for a in attentions if a not in refused])
+def objection(softmax: Normalised, sites: Sites) -> Miss | None:
+    """Others need the scores or what is expanded for them, or to expand it is the cheaper way."""
+    found, expanded = sites[softmax]
+    replaced = {softmax.node, *found.lse, *(other.root for other, _ in sites.values())}
+    private = {*expanded, softmax.scores or softmax.node} - {found.root}
+    for node in sorted(private, key=str):
+        if thief := escape(node, replaced):
+            detail = f"{node.name} is also used by {thief.name}"
+            return Refusal(Reason.ESCAPE, detail, thief).miss(softmax.node)
+    if found.expanded and not pays(**found.dims):
+        detail = f"{found.dims['Sq']} queries over {found.dims['Skv']} cached tokens"
+        return Refusal(Reason.PREFILL, detail).miss(found.root)
+    return None
 
 
-def judge(attention: Attention, beside: Collection[Node] = ()) -> MLASite | Miss:
-    """The verdict on one attention, where the nodes `beside` are replaced as well."""
-    try:
-        return weigh(site(attention, beside))
-    except Split as split:
-        detail = f"a view splits {split.label} in a way that no index follows"
-        miss = Refusal(Reason.LAYOUT, detail).miss(attention.node)
-    except Refusal as refusal:
-        miss = refusal.miss(attention.node)
-    part = cropped(attention)
-    verdict = judge(part, beside) if part else miss
-    return verdict if isinstance(verdict, MLASite) else miss
+def pays(Sq: Size, Skv: Size, Lkv: Size, P: Size, V: Size, **others: Size) -> bool:
+    """Absorbing takes fewer multiply-adds per head of one sequence than expanding.
+
+    Expanded, every cached token is multiplied by W_UK [Lkv, P] and W_UV [Lkv, V] and attended to
+    over P + R and V; absorbed, every query is, and cached tokens are attended to over Lkv + R and
+    Lkv.
+    """
+    saved = Lkv * (P + V) - Sq * (Lkv + Lkv - P - V)  # by a cached token
+    spent = Sq * Lkv * (P + V)
+    return true(Skv * saved > spent if isinstance(Skv, int) else saved > 0)  # at any long length
 
 
-def site(attention: Attention, beside: Collection[Node]) -> MLASite:
-    """The attention as an MLASite; raises Refusal if it is not one, or not one to rewrite.
+def judge(attention: Attention) -> tuple[MLASite, Set[Node]]:
+    """The attention or a crop of it as an MLASite, and what is expanded for it; or a Refusal."""
+    refusals = []
+    for part in crops(attention):
+        try:
+            return site(part)
+        except Split as split:
+            detail = f"a view splits {split.label} in a way that no index follows"
+            refusals.append(Refusal(Reason.LAYOUT, detail))
+        except Refusal as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def site(attention: Attention) -> tuple[MLASite, Set[Node]]:
+    """The attention as an MLASite, and what is expanded for it.
 
     Read to the end, the terms tell which rows the cache does not depend on.  Read again, they stop
     at the first tensor without these rows: the cache.  One head has no row to tell by.
@@ -135,35 +151,14 @@ def site(attention: Attention, beside: Collection[Node]) -> MLASite:
         if not shared:
             raise why_no_latent(of_cache, span(softmax.time))
         stopping = Evaluator(attention, shared)
-        found = described(attention, index, stopping.evaluate(root, index), shared)
-        check_private(stopping.expanded, attention, beside)
-        return found
-    except Refusal as why:
-        if why.reason is Reason.DTYPE or evaluator.rounded:  # read to the end, casts do not round
+        terms_to_cache = stopping.evaluate(root, index)
+        return described(attention, index, terms_to_cache, shared), stopping.expanded
+    except Refusal as refusal:
+        if refusal.reason is Reason.DTYPE or evaluator.rounded:  # to the end, casts do not round
             raise
-        refusal = why
-    try:
-        found = described(attention, index, terms, shared)
-    except Refusal:
-        raise refusal from None
-    check_private(evaluator.expanded, attention, beside)
-    return found
-
-
-def weigh(found: MLASite) -> MLASite | Miss:
-    """The site, or a Miss where expanding the cache is the cheaper way.
-
-    Counted in multiply-adds per head of one sequence.  Expanded, every cached token is multiplied
-    by W_UK [Lkv, P] and W_UV [Lkv, V] and attended to over P + R and V; absorbed, every query is,
-    and cached tokens are attended to over Lkv + R and Lkv.
-    """
-    Sq, Skv, Lkv, P, V = (found.dims[name] for name in ("Sq", "Skv", "Lkv", "P", "V"))
-    saved = Lkv * (P + V) - Sq * (Lkv + Lkv - P - V)  # by a cached token
-    spent = Sq * Lkv * (P + V)
-    pays = Skv * saved > spent if isinstance(Skv, int) else saved > 0  # at any long length
-    if not found.expanded or true(pays):
-        return found
-    return Refusal(Reason.PREFILL, f"{Sq} queries over {Skv} cached tokens").miss(found.root)
+        with suppress(Refusal):
+            return described(attention, index, terms, shared), evaluator.expanded
+        raise
 
 
 def described(
@@ -288,47 +283,33 @@ def check(found: MLASite, value: Term) -> None:
     for term in found.terms:
         if not (isfinite(term.scale) and term.scale > 0):
             raise Refusal(Reason.SCALE, f"the softmax scale is {term.scale}")
+    check_types(found)
+    names = (n for n in ("N", "Lkv", "R", "P", "V") if not isinstance(found.dims[n], int))
+    if symbolic := ", ".join(f"{n} = {found.dims[n]}" for n in names):
+        raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {symbolic}")
+
+
+def check_types(found: MLASite) -> None:
+    """The caches are of one type, and nobody needs more than the op gives.
+
+    Its output is of queries in the caches' type, and in that; its lse is in float32.
+    """
     caches = [term.key.node for term in found.terms]
-    types = {dtype(n) for n in caches}
-    if len(types) != 1 or not types <= FLOATS:
+    type_ = dtype(caches[0])
+    if type_ not in FLOATS or any(dtype(n) is not type_ for n in caches):
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
-    check_lse(found, *types)
-    if user := read_wider(found.root, *types):
-        detail = f"{user.name} needs more of the output than the caches' type, {types.pop()}"
-        raise Refusal(Reason.DTYPE, detail, user)
-    symbolic = [n for n in ("N", "Lkv", "R", "P", "V") if not isinstance(found.dims[n], int)]
-    if symbolic:
-        sizes = ", ".join(f"{n} = {found.dims[n]}" for n in symbolic)
-        raise Refusal(Reason.DYNAMIC, f"symbolic sizes: {sizes}")
-
-
-def check_lse(found: MLASite, type_: torch.dtype) -> None:
-    """The op's is in float32, of queries in the caches' type."""
-    queries = [query.node for term in found.terms for query in term.factors]
-    rounded = any(torch.promote_types(dtype(q), type_) is not type_ for q in queries)
-    for log in found.lse:
-        if dtype(log) is torch.float64 or (rounded and dtype(log) is not type_):
-            detail = f"{log.name} needs more of the lse than queries in {type_} give"
-            raise Refusal(Reason.DTYPE, detail, log)
-
-
-def read_wider(root: Node, type_: torch.dtype) -> Node | None:
-    """Who reads an output that is wider than this type, other than to cast it down."""
 
     def fits(node: Node) -> bool:
         return dtype(node) in FLOATS and torch.promote_types(dtype(node), type_) is type_
 
-    if fits(root):
-        return None
-    views = reached(root, lambda n: [user for user in n.users if user.target in RENAMES])
+    rounded = not all(fits(query.node) for term in found.terms for query in term.factors)
+    for log in found.lse:
+        if dtype(log) is torch.float64 or (rounded and dtype(log) is not type_):
+            detail = f"{log.name} needs more of the lse than queries in {type_} give"
+            raise Refusal(Reason.DTYPE, detail, log)
+    views = reached(found.root, lambda n: [user for user in n.users if user.target in RENAMES])
     users = (user for view in views for user in readers(view) if user.target not in RENAMES)
-    return next((u for u in users if u.target not in CASTS or not fits(u)), None)
-
-
-def check_private(expanded: set[Node], attention: Attention, beside: Collection[Node]) -> None:
-    """Nobody else needs the scores or what is expanded for them."""
-    replaced = {attention.root, attention.node, *attention.lse, *beside}
-    private = expanded - {attention.root} | ({attention.scores} if attention.scores else set())
-    for node in sorted(private, key=str):
-        if thief := escape(node, replaced):
-            raise Refusal(Reason.ESCAPE, f"{node.name} is also used by {thief.name}", thief)
+    for user in users if not fits(found.root) else ():
+        if user.target not in CASTS or not fits(user):
+            detail = f"{user.name} needs more of the output than the caches' type, {type_}"
+            raise Refusal(Reason.DTYPE, detail, user)

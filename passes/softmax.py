@@ -256,20 +256,20 @@ def attention_of(softmax: Normalised) -> Attention:
     return Attention(**vars(softmax), contraction=contraction, root=root, path=path, lse=lse)
 
 
-def cropped(attention: Attention) -> Attention | None:
-    """The attention up to a slice of its output, if nothing else is used: values may be padded.
+def crops(attention: Attention) -> Iterator[Attention]:
+    """The attention, and up to a slice of its output if nothing else is used: values may be padded.
 
     Not if an as_strided uses what is around the slice.
     """
+    yield attention
     path, views = set(attention.path), RENAMES | {aten.slice.Tensor, aten.select.int}
     for node in only_readers(attention.root, {aten.slice.Tensor}):
         path.add(node)
         if node.target is aten.slice.Tensor:
             same = reached(node, lambda n: [user for user in n.users if user.target in views])
             if any(user.target is aten.as_strided.default for n in same for user in n.users):
-                return None
-            return replace(attention, root=node, path=path)
-    return None
+                return
+            yield replace(attention, root=node, path=path.copy())
 
 
 def only_readers(node: Node, others: Set[object]) -> Iterator[Node]:
