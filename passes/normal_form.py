@@ -218,7 +218,7 @@ class Evaluator:
         terms = self._sum(
             [shape(a)[-1]],
             lambda k: self._product((a, (*batch, row, k)), (b, (*batch, k, column))),
-            time=node is self.attention.contraction,
+            time=node in self.attention.path,
         )
         bias = [term for x in added if beta for term in self.evaluate(x, index)]
         factors = [(t, alpha) for t in terms] + [(t, beta) for t in bias]
@@ -238,7 +238,7 @@ class Evaluator:
             return self.evaluate(source, tuple(at.values()), Context.PRODUCT)
 
         over = [sizes[d] for d in dims]
-        return self._sum(over, read, time=node is self.attention.contraction)
+        return self._sum(over, read, time=node in self.attention.path)
 
     def _added(self, node: Node, index: Index, context: Context) -> list[Term] | None:
         """Parts of the scores; or a row of keys or values, and a bias that all tokens have."""

@@ -56,7 +56,6 @@ from mla_compile.passes.softmax import (
 # In the names of operators that multiply by a quantised weight.
 QUANTISED = ("scaled_mm", "int_mm", "int4", "int8", "quant", "packed")
 
-
 Sites = dict[Normalised, tuple[MLASite, Set[Node]]]  # and the nodes that are expanded for each
 
 

@@ -56,17 +56,19 @@ class Normalised:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention(Normalised):
-    """A softmax, the `contraction` that consumes it, and the `path` from it to the `root`.
+    """A softmax and the `path` from it to the `root`, through the contraction that consumes it.
 
     The root is the contraction or, with a `total`, the division after it; that of a fused call is
     its first result; or a slice of these.  `lse` are those `logs` of its scores that are used
     elsewhere.
     """
 
-    contraction: Node
-    root: Node
-    path: Set[Node]
+    path: tuple[Node, ...]
     lse: tuple[Node, ...] = ()
+
+    @property
+    def root(self) -> Node:
+        return self.path[-1]
 
 
 def find_softmaxes(graph: Graph) -> list[Normalised]:
@@ -238,22 +240,18 @@ def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
 
 def attention_of(softmax: Normalised) -> Attention:
     """The softmax and the contraction that consumes it.  Refuses if anything else does."""
-    contraction, path = consumer(softmax)
-    root = contraction
+    path = way_to_contraction(softmax)
     if softmax.total is not None:
-        for root in only_readers(contraction, {aten.div.Tensor, aten.mul.Tensor}):
-            path.add(root)
-            if division(root):
+        for node in only_readers(path[-1], {aten.div.Tensor, aten.mul.Tensor}):
+            path.append(node)
+            if division(node):
                 break
         else:
             detail = "the values are weighed by exponentials that no sum divides"
-            raise Refusal(Reason.SOFTMAX, detail, root)
-    lse = tuple(
-        log
-        for log, of in softmax.logs.items()
-        if of == (original(softmax.scores), softmax.axis) and escape(log, {root, softmax.node})
-    )
-    return Attention(**vars(softmax), contraction=contraction, root=root, path=path, lse=lse)
+            raise Refusal(Reason.SOFTMAX, detail, path[-1])
+    logs = (x for x, of in softmax.logs.items() if of == (original(softmax.scores), softmax.axis))
+    lse = tuple(log for log in logs if escape(log, {path[0], path[-1]}))
+    return Attention(**vars(softmax), path=tuple(path), lse=lse)
 
 
 def crops(attention: Attention) -> Iterator[Attention]:
@@ -262,14 +260,14 @@ def crops(attention: Attention) -> Iterator[Attention]:
     Not if an as_strided uses what is around the slice.
     """
     yield attention
-    path, views = set(attention.path), RENAMES | {aten.slice.Tensor, aten.select.int}
+    path, views = list(attention.path), RENAMES | {aten.slice.Tensor, aten.select.int}
     for node in only_readers(attention.root, {aten.slice.Tensor}):
-        path.add(node)
+        path.append(node)
         if node.target is aten.slice.Tensor:
             same = reached(node, lambda n: [user for user in n.users if user.target in views])
             if any(user.target is aten.as_strided.default for n in same for user in n.users):
                 return
-            yield replace(attention, root=node, path=path.copy())
+            yield replace(attention, path=tuple(path))
 
 
 def only_readers(node: Node, others: Set[object]) -> Iterator[Node]:
@@ -279,29 +277,29 @@ def only_readers(node: Node, others: Set[object]) -> Iterator[Node]:
         yield node
 
 
-def consumer(softmax: Normalised) -> tuple[Node, set[Node]]:
-    """The one contraction that the weights end in, and the way to it; their sums do not count."""
+def way_to_contraction(softmax: Normalised) -> list[Node]:
+    """From the weights to the one contraction that they end in; their sums do not count."""
 
     def summed_up(node: Node) -> bool:
         return is_row_sum(node) or (unchanged(node) and any(map(summed_up, node.users)))
 
-    node, path = softmax.node, {softmax.node}
+    node, path = softmax.node, [softmax.node]
     if softmax.scores is None:
         used = [u for u in node.users if u.users]
         if [u.args[1] for u in used] != [0]:
             raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used")
-        return used[0], {node, used[0]}
+        return path + used
     beside = {u for u in node.users if softmax.total is not None and summed_up(u)}
     while True:
         users = [u for u in readers(node) if u not in beside]
         if len(users) != 1:
             names = ", ".join(u.name for u in users)
             raise Refusal(Reason.ESCAPE, f"the probabilities are used by {names}", node)
-        user = users[0]
-        path.add(user)
+        (user,) = users
+        path.append(user)
         of_product = node.target is aten.mul.Tensor and is_row_sum(user)
         if of_product or (user.target in CONTRACTIONS and node in user.args[-2:]):
-            return user, path
+            return path
         if is_random(user) or any(map(is_random, user.all_input_nodes)):
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
         if user.target is aten.div.Tensor and user.args[0] is node:
