@@ -74,9 +74,9 @@ def recognise(graph: Graph) -> list[MLASite | Miss]:
                 raise Refusal(Reason.TRAINING, "the graph also computes gradients")
             sites[softmax] = judge(attention_of(softmax))
         except Refusal as refusal:
-            miss = refusal.miss(softmax.node)
-            no_attention = not has_queries(softmax)
-            misses[softmax] = replace(miss, reason=Reason.NO_QUERY) if no_attention else miss
+            if not has_queries(softmax):
+                refusal.reason = Reason.NO_QUERY
+            misses[softmax] = refusal.miss(softmax.node)
     while refused := {x: miss for x in sites if (miss := objection(x, sites))}:
         misses |= refused
         sites = {x: found for x, found in sites.items() if x not in refused}
@@ -111,7 +111,10 @@ def pays(Sq: Size, Skv: Size, Lkv: Size, P: Size, V: Size, **others: Size) -> bo
 
 
 def judge(attention: Attention) -> tuple[MLASite, Set[Node]]:
-    """The attention or a crop of it as an MLASite, and what is expanded for it; or a Refusal."""
+    """The attention, or else a crop of it, as an MLASite, and what is expanded for it.
+
+    Raises the Refusal of the whole attention if none of them is one.
+    """
     refusals = []
     for part in crops(attention):
         try:
@@ -150,8 +153,8 @@ def site(attention: Attention) -> tuple[MLASite, Set[Node]]:
         if not shared:
             raise why_no_latent(of_cache, span(softmax.time))
         stopping = Evaluator(attention, shared)
-        terms_to_cache = stopping.evaluate(root, index)
-        return described(attention, index, terms_to_cache, shared), stopping.expanded
+        found = described(attention, index, stopping.evaluate(root, index), shared)
+        return found, stopping.expanded
     except Refusal as refusal:
         if refusal.reason is Reason.DTYPE or evaluator.rounded:  # to the end, casts do not round
             raise
