@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import torch
@@ -116,8 +116,8 @@ def unchanged(node: Node) -> bool:
     return node.target in COPIES or (node.target in CASTS and dtype(node) in FLOATS)
 
 
-def strip(node: Node) -> Node:
-    """The tensor behind views of all of it and casts."""
-    while node.target in WHOLE or unchanged(node):
+def strip(node: Node, views: Set[Any] = WHOLE) -> Node:
+    """The node behind copies, casts to floats and these operators, by default all views of all."""
+    while node.target in views or unchanged(node):
         node = node.args[0]
     return node

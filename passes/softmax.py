@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from mla_compile.passes.graph import (
     CONTRACTIONS,
+    COPIES,
     FUSED_ATTENTION,
     RENAMES,
     RESHAPES,
@@ -85,15 +86,15 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
         found += [replace(later, node=node, total=None) for node in nodes] or [later]
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
-        summed_up, axis = logs.get(shift and in_order(shift), (None, 0))
-        if summed_up is original(scores) and is_per_row(shift, scores, axis):
+        summed_up, axis = logs.get(shift and strip(shift, RESHAPES), (None, 0))
+        if summed_up is strip(scores, COPIES) and is_per_row(shift, scores, axis):
             found.append(Normalised(exponential, unshifted(scores, axis), axis, None, logs))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
 def row_sums(graph: Graph) -> Iterator[RowSum]:
     for total in filter(is_row_sum, graph.nodes):
-        exponential = original(total.args[0])
+        exponential = strip(total.args[0], COPIES)
         if exponential.target is aten.exp.default and shape(exponential):
             axis = summed(total)[0] % len(shape(exponential))
             scores, shift = split_shift(exponential.args[0])
@@ -111,19 +112,19 @@ def logarithms(sums: Iterable[RowSum]) -> Logs:
     for total, exponential, axis in sums:
         scores, shift = split_shift(exponential.args[0])
         for log in (u for u in total.users if u.target is aten.log.default):
-            found[log] = original(exponential.args[0]), axis
+            found[log] = strip(exponential.args[0], COPIES), axis
             for add in log.users if shift else ():
                 if add.target is aten.add.Tensor and not add.kwargs:
-                    others = [in_order(x) for x in add.args if is_tensor(x) and x is not log]
+                    others = [strip(x, RESHAPES) for x in add.args if is_tensor(x) and x is not log]
                     alike = equal(prod(shape(add)), prod(shape(log)))
-                    if alike and others == [in_order(shift)]:
-                        found[add] = original(scores), axis
+                    if alike and others == [strip(shift, RESHAPES)]:
+                        found[add] = strip(scores, COPIES), axis
     return found
 
 
 def split_shift(scores: Node) -> tuple[Node, Node | None]:
     """(x, m) where they are x - m, else (they, None)."""
-    difference = original(scores)
+    difference = strip(scores, COPIES)
     subtracted = difference.target is aten.sub.Tensor and all(map(is_tensor, difference.args))
     return difference.args if subtracted and not difference.kwargs else (scores, None)
 
@@ -134,28 +135,14 @@ def unshifted(scores: Node, axis: int) -> Node:
     return unshifted(before, axis) if shift and is_per_row(shift, scores, axis) else scores
 
 
-def original(node: Node) -> Node:
-    """The node behind casts and copies."""
-    while unchanged(node):
-        node = node.args[0]
-    return node
-
-
 def is_per_row(node: Node, like: Node, axis: int) -> bool:
-    """It has an element for each row of `like`, and size 1 along the axis."""
+    """It has an element for each row of `like`, and size 1 along the axis.
+
+    If what it is a reshape of has as well, each number is in its place.
+    """
     sizes = shape(like)
     rows = (*sizes[:axis], 1, *sizes[axis + 1 :])
     return axis < len(sizes) and same_sizes(shape(node), rows)
-
-
-def in_order(node: Node) -> Node:
-    """The node behind casts and reshapes, the same numbers in the same order.
-
-    Where the sizes at both ends agree, each number is in its place.
-    """
-    while unchanged(node) or node.target in RESHAPES:
-        node = node.args[0]
-    return node
 
 
 def is_normalised(node: Node, weights: Node, total: Node, axis: int) -> bool:
@@ -163,8 +150,8 @@ def is_normalised(node: Node, weights: Node, total: Node, axis: int) -> bool:
     weighed, by, inverse = division(node) or (None, None, False)
     if weighed is not weights or not is_per_row(by, weights, axis):
         return False
-    behind = in_order(by)
-    return total is (in_order(behind.args[0]) if inverse else behind)
+    behind = strip(by, RESHAPES)
+    return total is (strip(behind.args[0], RESHAPES) if inverse else behind)
 
 
 def division(node: Node) -> tuple[Node, Node, bool] | None:
@@ -196,7 +183,7 @@ def sees_nothing(condition: Node, scores: Node, axis: int) -> bool:
             return False
         condition = condition.args[0]
     hidden = condition.target is aten.eq.Scalar and condition.args[1] == -inf
-    return hidden and original(condition.args[0]) is original(scores)
+    return hidden and strip(condition.args[0], COPIES) is strip(scores, COPIES)
 
 
 def is_attention(softmax: Normalised) -> bool:
@@ -210,7 +197,7 @@ def is_attention(softmax: Normalised) -> bool:
         return [u for u in users if u.target in CARRIERS or same_sizes(shape(u), shape(node))]
 
     return softmax.scores is None or any(
-        user.target in CONTRACTIONS or (is_sum(user) and original(node) is not softmax.node)
+        user.target in CONTRACTIONS or (is_sum(user) and strip(node, COPIES) is not softmax.node)
         for node in reached(softmax.node, made)
         for user in node.users
     )
@@ -249,7 +236,9 @@ def attention_of(softmax: Normalised) -> Attention:
         else:
             detail = "the values are weighed by exponentials that no sum divides"
             raise Refusal(Reason.SOFTMAX, detail, path[-1])
-    logs = (x for x, of in softmax.logs.items() if of == (original(softmax.scores), softmax.axis))
+    logs = (
+        x for x, of in softmax.logs.items() if of == (strip(softmax.scores, COPIES), softmax.axis)
+    )
     lse = tuple(log for log in logs if escape(log, {path[0], path[-1]}))
     return Attention(**vars(softmax), path=tuple(path), lse=lse)
 
@@ -312,9 +301,8 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
 
 def is_random(node: Node) -> bool:
     """A random tensor, or a comparison or cast of one: a dropout mask."""
-    while node.target in WHOLE | {aten.gt.Scalar, aten.lt.Scalar, aten.div.Tensor}:
-        node = node.args[0]
-    return any(word in str(node.target) for word in ("rand", "bernoulli", "dropout"))
+    source = strip(node, WHOLE | {aten.gt.Scalar, aten.lt.Scalar, aten.div.Tensor})
+    return any(word in str(source.target) for word in ("rand", "bernoulli", "dropout"))
 
 
 def escape(node: Node, replaced: Collection[Node]) -> Node | None:
