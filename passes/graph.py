@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from mla_compile.passes.sizes import Size, equal, plain
 
@@ -60,6 +62,25 @@ def summed(node: Node) -> list[int]:
 def readers(node: Node) -> list[Node]:
     """The users of a node that read its elements, not only its size."""
     return [user for user in node.users if user.target not in SIZES]
+
+
+def twins(graph: Graph) -> dict[Node, Node]:
+    """For each node that computes the same from the same as one before it, that one."""
+    first: dict[tuple[Any, str], Node] = {}
+    found: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node.target is operator.getitem or is_aten_function(node.target):
+            inputs = map_arg((node.args, node.kwargs), lambda n: found.get(n, n))
+            one = first.setdefault((node.target, str(inputs)), node)
+            if one is not node:
+                found[node] = one
+    return found
+
+
+def is_aten_function(target: Any) -> bool:
+    """Of ATen, and the same whenever it is called."""
+    known = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
+    return known and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def shape(node: Node) -> tuple[Size, ...]:

@@ -121,8 +121,10 @@ class Evaluator:
         self.addend = self.addends = 0  # which of the scores' is read, 0 for all that they are
 
     def evaluate(self, node: Node, index: Index, context: Context = Context.OPERAND) -> list[Term]:
-        index = broadcast(node, index)
-        attention, leaf = self.attention, [Term((Leaf(node, index),))]
+        attention, index = self.attention, broadcast(node, index)
+        if node not in attention.path:
+            node = attention.twins.get(node, node)
+        leaf = [Term((Leaf(node, index),))]
         if node is attention.node and attention.scores is not None:
             return [Term((self._softmax(index),))]
         if node.op != "call_function":
@@ -149,7 +151,7 @@ class Evaluator:
         product = node.target is aten.mul.Tensor and all(map(is_tensor, node.args))
         if product and context is Context.PRODUCT:
             return self._product(*((x, index) for x in node.args))
-        if node.target is aten.add.Tensor and not node.kwargs and is_tensor(node.args[1]):
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and all(map(is_tensor, node.args)):
             return self._added(node, index, context) or leaf
         if context is Context.SCORE:
             if node.target is aten.where.self:
@@ -182,15 +184,18 @@ class Evaluator:
 
     def _cast(self, node: Node, index: Index, context: Context) -> Node | None:
         """What is cast, if nothing is lost by that or the attention computes in another type."""
-        if node.target not in CASTS or dtype(node.args[0]) not in FLOATS:
+        if node.target not in CASTS | {aten.copy.default}:
             return None
-        exact = torch.promote_types(dtype(node.args[0]), dtype(node)) == dtype(node)
+        source = node.args[int(node.target is aten.copy.default)]
+        if dtype(source) not in FLOATS:
+            return None
+        exact = torch.promote_types(dtype(source), dtype(node)) == dtype(node)
         if exact or context is Context.SCORE:
-            return node.args[0]
+            return source
         if self._stops(node, index):
             return None
         self.rounded |= node not in self.attention.path
-        return node.args[0]
+        return source
 
     def _sum(self, sizes: list[Size], body: Callable[..., list[Term]], time: bool) -> list[Term]:
         """Σ over a fresh label for each size of body(*entries), again where one has to be split."""
@@ -242,13 +247,16 @@ class Evaluator:
 
     def _added(self, node: Node, index: Index, context: Context) -> list[Term] | None:
         """Parts of the scores; or a row of keys or values, and a bias that all tokens have."""
+        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+        factors = Term(()), Term((), scale=sign * float(argument(node, "alpha", 1)))
+        parts = list(zip(node.args, factors, strict=True))
         if context is Context.SCORE:
-            parts = [x for x in node.args if constant(x) != 0] or node.args
-            return [term for x in parts for term in self._addend(x, index)]
+            parts = [(x, factor) for x, factor in parts if constant(x) != 0] or parts
+            return [t.times(factor) for x, factor in parts for t in self._addend(x, index)]
         if all(labels_of(broadcast(x, index)) & self.time for x in node.args):
             return None
         self.expanded.add(node)
-        return [term for x in node.args for term in self.evaluate(x, index, context)]
+        return [t.times(f) for x, f in parts for t in self.evaluate(x, index, context)]
 
     def _addend(self, node: Node, index: Index) -> list[Term]:
         """A part of the scores that others are added to."""
@@ -281,8 +289,8 @@ class Evaluator:
         axis, scores = self.attention.axis, self.attention.scores
         digits = index[axis]
         if not all(d.full for d in digits) or labels_of((digits,)) != self.time:
-            joined = strip(scores).target is aten.cat.default
-            reason = Reason.SINKS if joined else Reason.SOFTMAX
+            added = strip(scores).target in (aten.cat.default, aten.constant_pad_nd.default)
+            reason = Reason.SINKS if added else Reason.SOFTMAX
             detail = "the probabilities are cut or reordered before they meet the values"
             raise Refusal(reason, detail)
         self.addend = 0

@@ -86,10 +86,12 @@ def recognise(graph: Graph) -> list[MLASite | Miss]:
 def objection(softmax: Normalised, sites: Sites) -> Miss | None:
     """Others need the scores or what is expanded for them, or to expand it is the cheaper way."""
     found, expanded = sites[softmax]
-    replaced = {softmax.node, *found.lse, *(other.root for other, _ in sites.values())}
+    others = [other for other, _ in sites.values()]
+    replaced = {softmax.node, *(node for other in others for node in (other.root, *other.lse))}
+    kept = {node for other in others for node in other.inputs}
     private = {*expanded, softmax.scores or softmax.node} - {found.root}
     for node in sorted(private, key=str):
-        if thief := escape(node, replaced):
+        if thief := escape(node, replaced, kept):
             detail = f"{node.name} is also used by {thief.name}"
             return Refusal(Reason.ESCAPE, detail, thief).miss(softmax.node)
     if found.expanded and not pays(**found.dims):

@@ -10,6 +10,7 @@ from math import inf
 from typing import Any
 
 import torch
+from sympy import Integer, sympify
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_utils import get_node_storage, get_storage
@@ -21,7 +22,7 @@ from torch.fx.node import map_arg
 from mla_compile.passes.graph import FLOATS, aten, dtype, is_tensor, shape
 from mla_compile.passes.indexing import Digit, Group, Label, Leaf
 from mla_compile.passes.site import CacheTerm, Mask, Miss, MLASite, Reason, Refusal, Scalar, span
-from mla_compile.passes.sizes import Size, equal, same_sizes
+from mla_compile.passes.sizes import Size, equal, expression, same_sizes
 
 DECODE = torch.ops.mla_compile.mla_decode.default
 Labelled = tuple[Tensor, Group]  # one label per dimension
@@ -349,8 +350,9 @@ def reshape(tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
 def like(node: Node, tensor: Tensor) -> Tensor:
     """The tensor in the node's shape and type, and its order in memory: later views rely on it."""
     tensor = reshape(tensor, shape(node)).to(dtype(node))
-    # As it was when traced: a choice that is right at any size.
-    strides = [n if isinstance(n, int) else n.node.hint or 0 for n in node.meta["val"].stride()]
+    # A stride is a product of sizes: their order is that at any size, one not known yet as well.
+    strides = [sympify(expression(n)) for n in node.meta["val"].stride()]
+    strides = [n.xreplace(dict.fromkeys(n.free_symbols, Integer(4096))) for n in strides]
     order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
     if order == sorted(order):
         return tensor.contiguous()

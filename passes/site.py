@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, is_dataclass
 from math import prod
+from typing import Any
 
 from torch.fx import Node
 
@@ -152,6 +153,16 @@ class CacheTerm:
     scalars: tuple[Scalar, ...]
 
 
+def nodes_in(value: Any) -> Iterator[Node]:
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, tuple):
+        for x in value:
+            yield from nodes_in(x)
+    elif is_dataclass(value):
+        yield from nodes_in(tuple(vars(value).values()))
+
+
 def span(labels: Iterable[Label]) -> Size:
     """How many values the labels run over together."""
     return prod((x.size for x in labels), start=1)
@@ -193,6 +204,11 @@ class MLASite:
     def expanded(self) -> bool:
         """K or V is expanded from the latent: W_UK moves to the query, W_UV to the output."""
         return len(self.latent.factors) > 1 or bool(self.values.factors)
+
+    @property
+    def inputs(self) -> set[Node]:
+        """What the emitter reads."""
+        return {*nodes_in(self)} - {self.softmax, self.root, *self.lse}
 
     @property
     def terms(self) -> list[CacheTerm]:

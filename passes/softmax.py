@@ -22,6 +22,7 @@ from mla_compile.passes.graph import (
     WHOLE,
     aten,
     constant,
+    is_scalar_tensor,
     is_sum,
     is_tensor,
     reached,
@@ -29,12 +30,13 @@ from mla_compile.passes.graph import (
     shape,
     strip,
     summed,
+    twins,
     unchanged,
 )
 from mla_compile.passes.site import Reason, Refusal
 from mla_compile.passes.sizes import equal, same_sizes
 
-# What probabilities stay probabilities through, up to a factor.
+JOINED = RENAMES | {aten.cat.default, aten.constant_pad_nd.default}
 CARRIERS = WHOLE | {aten.mul.Tensor, aten.slice.Tensor}
 
 RowSum = tuple[Node, Node, int]  # Σ exp(scores - a shift of the row), the exponentials, the axis
@@ -45,7 +47,7 @@ Logs = dict[Node, tuple[Node, int]]  # what holds log Σ exp(scores), and these 
 class Normalised:
     """A softmax of `scores` over `axis`: `node`, or `node` over `total` where that is not None.
 
-    A fused attention call is one without `scores`.  `logs` are all of the graph.
+    A fused attention call is one without `scores`.  `logs` and `twins` are those of the graph.
     """
 
     node: Node
@@ -53,6 +55,7 @@ class Normalised:
     axis: int = -1
     total: Node | None = None
     logs: Logs = field(default_factory=dict)
+    twins: dict[Node, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,20 +78,20 @@ class Attention(Normalised):
 def find_softmaxes(graph: Graph) -> list[Normalised]:
     """Every softmax of the graph, in order, however it is written."""
     sums = list(row_sums(graph))
-    logs = logarithms(sums)
-    found = [Normalised(n) for n in graph.nodes if n.target in FUSED_ATTENTION]
+    logs, same = logarithms(sums), twins(graph)
+    found = [Normalised(n, twins=same) for n in graph.nodes if n.target in FUSED_ATTENTION]
     for total, exponential, axis in sums:
         scores = unshifted(exponential.args[0], axis)
         weights = reached(exponential, lambda n: filter(unchanged, n.users))
         divided = [u for e in weights for u in e.users if is_normalised(u, e, total, axis)]
-        later = Normalised(exponential, scores, axis, total, logs)
+        later = Normalised(exponential, scores, axis, total, logs, same)
         nodes = (without_empty_rows(division, scores, axis) for division in divided)
         found += [replace(later, node=node, total=None) for node in nodes] or [later]
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
         summed_up, axis = logs.get(shift and strip(shift, RESHAPES), (None, 0))
         if summed_up is strip(scores, COPIES) and is_per_row(shift, scores, axis):
-            found.append(Normalised(exponential, unshifted(scores, axis), axis, None, logs))
+            found.append(Normalised(exponential, unshifted(scores, axis), axis, None, logs, same))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
@@ -98,7 +101,7 @@ def row_sums(graph: Graph) -> Iterator[RowSum]:
         if exponential.target is aten.exp.default and shape(exponential):
             axis = summed(total)[0] % len(shape(exponential))
             scores, shift = split_shift(exponential.args[0])
-            if shift is None or is_per_row(shift, scores, axis):
+            if shift is None or is_constant_along(shift, scores, axis):
                 yield total, exponential, axis
 
 
@@ -132,7 +135,13 @@ def split_shift(scores: Node) -> tuple[Node, Node | None]:
 def unshifted(scores: Node, axis: int) -> Node:
     """The scores before something constant along the axis was subtracted: no softmax sees it."""
     before, shift = split_shift(scores)
-    return unshifted(before, axis) if shift and is_per_row(shift, scores, axis) else scores
+    if shift and is_constant_along(shift, scores, axis):
+        return unshifted(before, axis)
+    return scores
+
+
+def is_constant_along(shift: Node, scores: Node, axis: int) -> bool:
+    return is_scalar_tensor(shift) or is_per_row(shift, scores, axis)
 
 
 def is_per_row(node: Node, like: Node, axis: int) -> bool:
@@ -194,13 +203,19 @@ def is_attention(softmax: Normalised) -> bool:
 
     def made(node: Node) -> list[Node]:
         users = [u for u in node.users if is_tensor(u) and not is_sum(u)]
-        return [u for u in users if u.target in CARRIERS or same_sizes(shape(u), shape(node))]
+        return [u for u in users if carries(u) or same_sizes(shape(u), shape(node))]
 
     return softmax.scores is None or any(
         user.target in CONTRACTIONS or (is_sum(user) and strip(node, COPIES) is not softmax.node)
         for node in reached(softmax.node, made)
         for user in node.users
     )
+
+
+def carries(node: Node) -> bool:
+    """Probabilities stay probabilities through it, up to a factor."""
+    of_one = node.target is aten.select.int and equal(prod(shape(node)), prod(shape(node.args[0])))
+    return of_one or node.target in CARRIERS
 
 
 def has_queries(softmax: Normalised) -> bool:
@@ -219,8 +234,8 @@ def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
     """The scores and what they are made of, element by element or joined."""
 
     def joined(node: Node) -> list[Node]:
-        inputs, any_size = filter(is_tensor, node.all_input_nodes), RENAMES | {aten.cat.default}
-        return [x for x in inputs if node.target in any_size or same_sizes(shape(x), shape(node))]
+        inputs = filter(is_tensor, node.all_input_nodes)
+        return [x for x in inputs if node.target in JOINED or same_sizes(shape(x), shape(node))]
 
     return reached(softmax.scores or softmax.node, joined)
 
@@ -293,7 +308,7 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
         if user.target is aten.div.Tensor and user.args[0] is node:
             raise Refusal(Reason.SINKS, f"{node.name} is divided by more than its sum", user)
-        if user.target not in CARRIERS:
+        if not carries(user):
             detail = f"the probabilities are used by {user.name} ({user.target})"
             raise Refusal(Reason.ESCAPE, detail, user)
         node = user
@@ -305,7 +320,8 @@ def is_random(node: Node) -> bool:
     return any(word in str(source.target) for word in ("rand", "bernoulli", "dropout"))
 
 
-def escape(node: Node, replaced: Collection[Node]) -> Node | None:
-    """A node beyond the attention that needs `node` even where `replaced` are recomputed."""
+def escape(node: Node, replaced: Collection[Node], kept: Collection[Node] = ()) -> Node | None:
+    """What needs `node` even where `replaced` are recomputed: an output, an effect, one `kept`."""
     after = reached(node, lambda n: [user for user in readers(n) if user not in replaced])
-    return next((n for n in after if n is not node and (n.op == "output" or n.is_impure())), None)
+    needed = (n for n in after if n is not node)
+    return next((n for n in needed if n in kept or n.op == "output" or n.is_impure()), None)

@@ -160,6 +160,21 @@ def probabilities_without_a_sink(x: Inputs) -> Tensor:
     return attend(s.softmax(-1)[..., :-1], x)
 
 
+def scores_padded_by_a_sink(x: Inputs) -> Tensor:
+    return attend(F.pad(absorbed_scores(x), (0, 1)).softmax(-1)[..., :-1], x)
+
+
+def mask_made_of_the_scores(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    return attend(s.masked_fill(s.abs() < 1e-3, float("-inf")).softmax(-1), x)
+
+
+def mask_made_of_the_expanded_keys(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    empty = (k[..., :16] == 0).all(-1)[:, :, None]
+    return (q @ k.mT * SCALE).masked_fill(empty, float("-inf")).softmax(-1) @ v
+
+
 def sinks_under_a_shift(x: Inputs) -> Tensor:
     s = absorbed_scores(x)
     s = torch.cat([s, torch.zeros_like(s[..., :1])], -1)
@@ -452,6 +467,9 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (expanded_values_used_again, Reason.ESCAPE),
     (softmax_over_heads, Reason.SOFTMAX),
     (probabilities_without_a_sink, Reason.SINKS),
+    (scores_padded_by_a_sink, Reason.SINKS),
+    (mask_made_of_the_scores, Reason.ESCAPE),
+    (mask_made_of_the_expanded_keys, Reason.ESCAPE),
     (sinks_under_a_shift, Reason.SINKS),
     (sink_in_the_denominator, Reason.SINKS),
     (sink_in_a_late_denominator, Reason.SINKS),

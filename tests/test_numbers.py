@@ -254,3 +254,36 @@ def test_a_first_token_has_nothing_to_attend_to() -> None:
     compiled, x = Compiled(lambda x: up(attention(x), x)), inputs()
     compiled(replace(x, kv_c=x.kv_c[:, :1], k_pe=x.k_pe[:, :1]))
     assert [miss.detail for miss in compiled.misses] == ["there is only one cached token"]
+
+
+@pytest.mark.parametrize("fill", [-inf, torch.finfo(torch.float32).min, -1e30])
+@torch.no_grad()
+def test_garbage_stays_hidden_beside_a_bias(fill: float) -> None:
+    """The last token is not there yet for the first query, whose score of it is no number."""
+
+    def decode(x: Inputs) -> Tensor:
+        hidden = torch.ones(2, 48, dtype=torch.bool).triu(47)[:, None]
+        s = absorbed_scores(x) + torch.arange(48) / 8
+        return attend(s.masked_fill(hidden, fill).softmax(-1), x)[:, :1]
+
+    for garbage in (torch.nan, inf, 3e38):
+        x = inputs(Sq=2)
+        x.k_pe[:, -1] = garbage
+        rewritten(decode, x)
+
+
+@torch.no_grad()
+def test_an_output_keeps_its_order_in_memory_whatever_sizes_turn_out_to_be() -> None:
+    def decode(q: Tensor, kv_c: Tensor, keep: Tensor) -> Tensor:
+        torch._check(q.shape[1] == keep.shape[1])
+        s = torch.einsum("bshc,btc->bsht", q, kv_c).masked_fill(~keep, -inf)
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), kv_c).view(-1, 128)
+
+    keep = torch.ones(3, 5, 1, 24, dtype=torch.bool).tril(-1)
+    keep[..., 0] = True
+    args = torch.randn(3, 5, 4, 32), torch.randn(3, 24, 32), keep
+    for t in (args[0], keep):
+        torch._dynamo.decorators.mark_unbacked(t, 1)
+    compiled = Compiled(decode)
+    torch.testing.assert_close(compiled(*args), decode(*args))
+    assert compiled.count(OP) == 1

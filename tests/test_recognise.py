@@ -596,6 +596,36 @@ def test_attentions_of_two_kinds_are_traced_each(
 
 
 @torch.no_grad()
+def test_the_only_sequence_may_be_picked() -> None:
+    def decode(x: Inputs) -> Tensor:
+        return torch.einsum("sht,tc->shc", absorbed_scores(x).softmax(-1)[0], x.kv_c[0])
+
+    compiled, x = Compiled(decode), inputs(B=1)
+    torch.testing.assert_close(compiled(x), decode(x))
+    assert compiled.count(OP) == 1
+
+
+@pytest.mark.parametrize("lse", [False, True], ids=["", "with-lse"])
+@torch.no_grad()
+def test_attentions_share_what_is_expanded(lse: bool) -> None:
+    """Each asks the same keys with the output of the one before it."""
+
+    def chain(x: Inputs) -> list[Tensor]:
+        q, k, v = expand(x)
+        results = []
+        for _ in range(3):
+            s = q @ k.mT * SCALE
+            out = s.softmax(-1) @ v
+            q = torch.cat([out, q[..., 16:]], -1)
+            results += [out, s.logsumexp(-1)] if lse else [out]
+        return results
+
+    compiled, x = Compiled(chain), inputs()
+    torch.testing.assert_close(compiled(x), chain(x))
+    assert (compiled.count(OP), compiled.count(*NAIVE)) == (3, 0)
+
+
+@torch.no_grad()
 def test_another_scale_is_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     def layers(x: Inputs) -> list[Tensor]:
         return [deepseek_absorbed(replace(x, q_nope=x.q_nope * i, q_pe=x.q_pe * i)) for i in (1, 2)]

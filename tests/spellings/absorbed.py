@@ -100,7 +100,8 @@ def absorbed_different_scales(x: Inputs) -> Tensor:
 
 def weighed(scores: Tensor, x: Inputs) -> Tensor:
     """[B, Sq, N, V] from scores [B, Sq, N, Skv], masked or not."""
-    return up(torch.einsum("bsht,btc->bshc", scores.softmax(-1), x.kv_c), x)
+    p = scores.softmax(-1).to(x.kv_c.dtype)
+    return up(torch.einsum("bsht,btc->bshc", p, x.kv_c), x)
 
 
 def latent_queries(x: Inputs) -> Tensor:
@@ -191,6 +192,14 @@ def absorbed_bias_of_every_head(x: Inputs) -> Tensor:
     slopes = 0.5 ** numbers(x)[1 : x.N + 1]
     bias = slopes[:, None] * numbers(x) / 8
     return weighed(absorbed_scores(x) + bias, x)
+
+
+def absorbed_penalties_subtracted(x: Inputs) -> Tensor:
+    """ALiBi by distance, tokens hidden by a large number."""
+    slopes = 0.5 ** numbers(x)[1 : x.N + 1]
+    far = torch.flip(numbers(x), (0,)) / 8
+    hidden = (~x.keep).to(torch.float32).transpose(1, 2)
+    return weighed(wide(absorbed_scores(x)) - slopes[:, None] * far - 1e9 * hidden, x)
 
 
 def absorbed_soft_cap(x: Inputs) -> Tensor:

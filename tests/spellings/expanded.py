@@ -135,6 +135,18 @@ def expanded_rope_in_the_step_complex(x: Inputs) -> Tensor:
     return expanded_eager(replace(x, k_pe=k_pe.to(x.k_pe.dtype)))
 
 
+def expanded_from_a_latent_that_is_normalised_twice(x: Inputs) -> Tensor:
+    """Each projection normalises for itself."""
+    B, Skv, _ = x.kv_c.shape
+    k, v = (
+        F.linear(F.rms_norm(x.kv_c, x.kv_c.shape[-1:]), w.reshape(-1, 32)) for w in (x.W_UK, x.W_UV)
+    )
+    k, v = (t.view(B, Skv, x.N, -1).transpose(1, 2) for t in (k, v))
+    k = torch.cat([k, x.k_pe[:, None].expand(B, x.N, Skv, -1)], -1)
+    q = torch.cat([x.q_nope, x.q_pe], -1).transpose(1, 2)
+    return ((q @ k.mT * SCALE).softmax(-1) @ v).transpose(1, 2)
+
+
 def expanded_two_linears_without_rope(x: Inputs) -> Tensor:
     """Educational code: mask before the scale, heads merged at the end, dropout in eval mode."""
     B, Skv, _ = x.kv_c.shape

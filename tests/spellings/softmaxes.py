@@ -43,6 +43,12 @@ def softmax_of_shifted_scores(x: Inputs) -> Tensor:
     return up(weighed(s.softmax(-1, dtype=torch.float32), x), x)
 
 
+def softmax_by_the_maximum_of_all(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    e = (s - s.max()).exp()
+    return up(weighed(e / e.sum(-1, keepdim=True), x), x)
+
+
 def softmax_by_a_reciprocal(x: Inputs) -> Tensor:
     s = scores(x)
     e = (s - s.amax(-1, keepdim=True)).exp()
