@@ -77,27 +77,28 @@ def recognise(graph: Graph) -> list[MLASite | Miss]:
             if not has_queries(softmax):
                 refusal.reason = Reason.NO_QUERY
             misses[softmax] = refusal.miss(softmax.node)
-    while refused := {x: miss for x in sites if (miss := objection(x, sites))}:
+    while refused := dict(objections(sites)):
         misses |= refused
         sites = {x: found for x, found in sites.items() if x not in refused}
     return [sites[x][0] if x in sites else misses[x] for x in softmaxes]
 
 
-def objection(softmax: Normalised, sites: Sites) -> Miss | None:
+def objections(sites: Sites) -> Iterator[tuple[Normalised, Miss]]:
     """Others need the scores or what is expanded for them, or to expand it is the cheaper way."""
-    found, expanded = sites[softmax]
-    others = [other for other, _ in sites.values()]
-    replaced = {softmax.node, *(node for other in others for node in (other.root, *other.lse))}
-    kept = {node for other in others for node in other.inputs}
-    private = {*expanded, softmax.scores or softmax.node} - {found.root}
-    for node in sorted(private, key=str):
-        if thief := escape(node, replaced, kept):
-            detail = f"{node.name} is also used by {thief.name}"
-            return Refusal(Reason.ESCAPE, detail, thief).miss(softmax.node)
-    if found.expanded and not pays(**found.dims):
-        detail = f"{found.dims['Sq']} queries over {found.dims['Skv']} cached tokens"
-        return Refusal(Reason.PREFILL, detail).miss(found.root)
-    return None
+    all_found = [found for found, _ in sites.values()]
+    replaced = {node for x in all_found for node in (x.softmax, x.root, *x.lse)}
+    kept = {node for found in all_found for node in found.inputs}
+    for softmax, (found, expanded) in sites.items():
+        private = {*expanded, softmax.scores or softmax.node} - {found.root}
+        for node in sorted(private, key=str):
+            if thief := escape(node, replaced, kept):
+                detail = f"{node.name} is also used by {thief.name}"
+                yield softmax, Refusal(Reason.ESCAPE, detail, thief).miss(softmax.node)
+                break
+        else:
+            if found.expanded and not pays(**found.dims):
+                detail = f"{found.dims['Sq']} queries over {found.dims['Skv']} cached tokens"
+                yield softmax, Refusal(Reason.PREFILL, detail).miss(found.root)
 
 
 def pays(Sq: Size, Skv: Size, Lkv: Size, P: Size, V: Size, **others: Size) -> bool:
