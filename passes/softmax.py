@@ -126,10 +126,13 @@ def logarithms(sums: Iterable[RowSum]) -> Logs:
 
 
 def split_shift(scores: Node) -> tuple[Node, Node | None]:
-    """(x, m) where they are x - m, else (they, None)."""
-    difference = strip(scores, COPIES)
-    subtracted = difference.target is aten.sub.Tensor and all(map(is_tensor, difference.args))
-    return difference.args if subtracted and not difference.kwargs else (scores, None)
+    """(x, m) where they are x - m and of the sizes of x, else (they, None)."""
+    node = strip(scores, COPIES)
+    if node.target is aten.sub.Tensor and all(map(is_tensor, node.args)) and not node.kwargs:
+        before, shift = node.args
+        if same_sizes(shape(before), shape(node)):
+            return before, shift
+    return scores, None
 
 
 def unshifted(scores: Node, axis: int) -> Node:

@@ -287,3 +287,35 @@ def test_an_output_keeps_its_order_in_memory_whatever_sizes_turn_out_to_be() -> 
     compiled = Compiled(decode)
     torch.testing.assert_close(compiled(*args), decode(*args))
     assert compiled.count(OP) == 1
+
+
+def bias_of_tokens_under_a_shift_of_higher_rank(x: Inputs) -> Tensor:
+    """Of the difference the second dimension is the tokens, of the biased scores the heads."""
+    bias = (torch.arange(48)[:, None] - torch.arange(48))[:, None] / 8  # [Skv, 1, Sq]
+    s = absorbed_scores(x)[0].permute(2, 1, 0) - bias
+    p = (s - torch.full((1, 1, 1, 1), 0.5).sin()).softmax(1)
+    return torch.einsum("xthq,tc->xhqc", p, x.kv_c[0])
+
+
+def shift_of_higher_rank(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)[0, :, 0]
+    return (s - s.sum(-1, keepdim=True)[None]).softmax(-1) @ x.kv_c[0]
+
+
+def maximum_of_higher_rank(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Its lse is over the queries, the softmax over the tokens."""
+    s = absorbed_scores(x)[0, :, 0]
+    top = s.max().view(1, 1, 1)
+    lse = (s - top).exp().sum(1, keepdim=True).log() + top
+    return s.softmax(1) @ x.kv_c[0], lse
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [bias_of_tokens_under_a_shift_of_higher_rank, shift_of_higher_rank, maximum_of_higher_rank],
+    ids=lambda f: f.__name__,
+)
+@torch.no_grad()
+def test_a_shift_counts_dimensions_as_the_scores_do(decode: Decode) -> None:
+    compiled, x = Compiled(decode), inputs(B=1, Sq=48)
+    torch.testing.assert_close(compiled(x), decode(x))
