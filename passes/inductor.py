@@ -28,9 +28,9 @@ Verdict = MLASite | Miss
 class MLAPass(CustomGraphPass):
     """Rewrites the MLA attentions of an inference graph into the op, then runs `previous` passes.
 
-    Fails open: an exception leaves the attention as it was, is logged with its trace and counted;
-    `strict` raises it.  `record` is called with the verdict on each attention.  A graph that comes
-    from Inductor's cache does not pass here.
+    Fails open: an exception leaves what is not rewritten yet as it was, is logged with its trace
+    and counted; `strict` raises it.  `record` is called with the verdict on each attention.  A
+    graph that comes from Inductor's cache does not pass here.
     """
 
     def __init__(
@@ -55,12 +55,8 @@ class MLAPass(CustomGraphPass):
         return same
 
     def __call__(self, graph: Graph) -> None:
-        rewriter = Rewriter(graph)
         try:
-            for verdict in recognise(graph):
-                if isinstance(verdict, MLASite):
-                    verdict = rewriter.rewrite(verdict)
-                self.note(verdict)
+            self.rewrite(graph)
         except Exception:
             if self.strict:
                 raise
@@ -68,9 +64,18 @@ class MLAPass(CustomGraphPass):
             log.exception(
                 "the pass failed and left the rest of the graph as it was; please report this trace"
             )
-        rewriter.remove_dead_code()
         for other in self.previous:
             other(graph)
+
+    def rewrite(self, graph: Graph) -> None:
+        rewriter = Rewriter(graph)
+        try:
+            for verdict in recognise(graph):
+                if isinstance(verdict, MLASite):
+                    verdict = rewriter.rewrite(verdict)
+                self.note(verdict)
+        finally:
+            rewriter.remove_dead_code()
 
     def uuid(self) -> bytes | None:
         """Inductor's key holds versions and device; this adds sources, settings, previous passes.

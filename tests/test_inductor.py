@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -132,15 +132,15 @@ def test_the_cache_key_covers_the_pass_and_the_passes_before_it() -> None:
     assert MLAPass([lambda graph: None]).uuid() is None
 
 
-def broken(graph: Graph) -> Any:
+def broken(graph: Graph) -> NoReturn:
     raise RuntimeError("planted")
-    yield
 
 
+@pytest.mark.parametrize("part", ["Rewriter", "recognise"])
 def test_a_bug_leaves_the_graph_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(inductor, "recognise", broken)
+    monkeypatch.setattr(inductor, part, broken)
     x = inputs()
     with caplog.at_level(logging.ERROR, inductor.__name__):
         result: Tensor = torch.compile(deepseek_absorbed, backend="mla")(x)
