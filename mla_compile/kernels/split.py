@@ -97,10 +97,13 @@ def _bias(mask, fill):
 
 @triton.jit
 def _apply_mask(s, mask, fill):
-    """Scores in log2 units under a mask tile: what absorbs them replaces them, the rest adds."""
+    """Scores in log2 units under a mask tile: a bool mask replaces, so does what absorbs them."""
     bias = _bias(mask, fill)
-    kept = mask if mask.dtype == tl.int1 else bias > ABSORBING
-    return tl.where(kept, s, 0.0) + bias * LOG2E
+    if mask.dtype == tl.int1:
+        s = tl.where(mask, s, bias * LOG2E)
+    else:
+        s = tl.where(bias > ABSORBING, s, 0.0) + bias * LOG2E
+    return s
 
 
 @triton.jit
