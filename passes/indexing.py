@@ -12,13 +12,12 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from math import prod
 from typing import Any, TypeVar
 
 from torch.fx import Node
 
 from mla_compile.passes.graph import COPIES, INTEGERS, RESHAPES, argument, aten, dtype, shape
-from mla_compile.passes.sizes import Size, divides, equal, plain, true
+from mla_compile.passes.sizes import Size, divides, equal, numel, plain, true
 
 T = TypeVar("T")
 
@@ -124,7 +123,7 @@ def whole(label: Label) -> Entry:
 
 def outermost(entry: Entry) -> tuple[Digit, Size]:
     """The leading digit of an entry and how many elements one step of it spans."""
-    return entry[0] if entry else Digit(None, 0, 1), prod((d.base for d in entry[1:]), start=1)
+    return entry[0] if entry else Digit(None, 0, 1), numel(d.base for d in entry[1:])
 
 
 def moved(entry: Entry, start: Size, size: Size) -> Entry | None:
@@ -184,7 +183,7 @@ def split_at(entry: Entry, within: Size, span: Size = 1) -> tuple[Entry, Entry] 
     if not entry:
         return None
     *rest, digit = entry
-    label, reach = digit.label, span * digit.base
+    label, reach = digit.label, numel((span, digit.base))
     if divides(reach, within):
         parts = split_at(tuple(rest), within, reach)
         return parts and (parts[0], (*parts[1], digit))
@@ -345,7 +344,7 @@ def relabel(node: Node, index: Index) -> Read:
     """
     view = node.args[0] if node.target is operator.getitem else node
     rule = _RULES.get(view.target)
-    return rule(node, broadcast(node, index)) if rule else None
+    return rule(node, index) if rule else None
 
 
 def settle(node: Node, index: Index) -> Leaf:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_utils import get_node_storage, get_storage
 from torch._inductor.pattern_matcher import stable_topological_sort
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -49,7 +50,8 @@ class Rewriter:
         results = (site.root, *site.lse)
         inputs = [x for x in seen if isinstance(x, Node) and x not in results]
         symbols = [n for s, n in self.symbols.items() if s in seen and n < site.root]
-        with inputs[0].meta["val"].fake_mode, torch.no_grad():
+        mode = inputs[0].meta["val"].fake_mode
+        with mode, torch.no_grad(), disable_fake_tensor_cache(mode):  # which costs 30 ms here
             inputs += symbols
             try:
                 if (kind, *symbols) not in self.bodies:

@@ -6,13 +6,12 @@ import enum
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
-from math import prod
 from typing import Any
 
 from torch.fx import Node
 
 from mla_compile.passes.indexing import Label, Leaf
-from mla_compile.passes.sizes import Size
+from mla_compile.passes.sizes import Size, numel
 
 
 class Reason(enum.Enum):
@@ -165,7 +164,7 @@ def nodes_in(value: Any) -> Iterator[Node]:
 
 def span(labels: Iterable[Label]) -> Size:
     """How many values the labels run over together."""
-    return prod((x.size for x in labels), start=1)
+    return numel(x.size for x in labels)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,11 @@ def equal(a: Size, b: Size) -> bool:
     if sides not in known:
         known[sides] = true(a == b)
     return known[sides]
+
+
+def numel(sizes: Iterable[Size]) -> Size:
+    """PyTorch takes 30 µs to multiply by one: that is left out."""
+    return reduce(operator.mul, [n for n in sizes if not equal(n, 1)] or [1])
 
 
 def same_sizes(a: Sequence[Size], b: Sequence[Size]) -> bool:
@@ -64,7 +70,7 @@ def plain(n: Size) -> Size:
     size = n.node.expr
     if size.has(FloorDiv):
         size = size.replace(FloorDiv, lambda a, b: a / b if (a / b).is_integer else FloorDiv(a, b))
-    if size.is_number:
+    if size.is_Integer:
         return int(size)
     same = size is n.node.expr
     return n if same else n.node.shape_env.create_symintnode(size, hint=n.node.hint)

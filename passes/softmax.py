@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
-from math import inf, prod
+from math import inf
 
 from torch.fx import Graph, Node
 
@@ -34,7 +34,7 @@ from mla_compile.passes.graph import (
     unchanged,
 )
 from mla_compile.passes.site import Reason, Refusal
-from mla_compile.passes.sizes import equal, same_sizes
+from mla_compile.passes.sizes import equal, numel, same_sizes
 
 JOINED = RENAMES | {aten.cat.default, aten.constant_pad_nd.default}
 CARRIERS = WHOLE | {aten.mul.Tensor, aten.slice.Tensor}
@@ -119,7 +119,7 @@ def logarithms(sums: Iterable[RowSum]) -> Logs:
             for add in log.users if shift else ():
                 if add.target is aten.add.Tensor and not add.kwargs:
                     others = [strip(x, RESHAPES) for x in add.args if is_tensor(x) and x is not log]
-                    alike = equal(prod(shape(add)), prod(shape(log)))
+                    alike = equal(numel(shape(add)), numel(shape(log)))
                     if alike and others == [strip(shift, RESHAPES)]:
                         found[add] = strip(scores, COPIES), axis
     return found
@@ -217,7 +217,7 @@ def is_attention(softmax: Normalised) -> bool:
 
 def carries(node: Node) -> bool:
     """Probabilities stay probabilities through it, up to a factor."""
-    of_one = node.target is aten.select.int and equal(prod(shape(node)), prod(shape(node.args[0])))
+    of_one = node.target is aten.select.int and equal(shape(node.args[0])[node.args[1]], 1)
     return of_one or node.target in CARRIERS
 
 
