@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mla_compile.passes.graph import INTEGERS, argument, aten, dtype, is_tensor, prims
+from mla_compile.passes.graph import CASTS, INTEGERS, argument, aten, dtype, is_tensor, prims
 from mla_compile.passes.indexing import (
     Entry,
     Group,
@@ -257,7 +257,7 @@ def cut_at_value(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
     """A contraction over a cache row as several, one of them over the values' features."""
     pieces = [term]
     try:
-        if term.key.node is values.key.node:
+        if element(term.key)[0].node is element(values.key)[0].node:
             cut_columns(term, values)
         elif read := relabel(term.key.node, term.key.index):
             pieces = cut_at_value(replace(term, key=Leaf(*read)), values)
@@ -271,13 +271,20 @@ def cut_at_value(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
 def is_latent(term: CacheTerm, values: CacheTerm) -> bool:
     """Its key is the value: the same element, were their features the same."""
     key = part_of(term, whole(values.feature)).key
-    return key == values.key and equal(term.feature.size, values.feature.size)
+    same_size = equal(term.feature.size, values.feature.size)
+    return same_size and element(key) == element(values.key)
+
+
+def element(leaf: Leaf) -> tuple[Leaf, torch.dtype]:
+    """What is read before it is cast, and to which type: autocast casts each view of a cache."""
+    cast = leaf.node.target in CASTS
+    return settle(leaf.node.args[0], leaf.index) if cast else leaf, dtype(leaf.node)
 
 
 def cut_columns(term: CacheTerm, values: CacheTerm) -> None:
     """Raise Split for features before, in and after the values' columns of a fused cache row."""
     at, here = (
-        next((d for entry in x.key.index for d in entry if d.label is x.feature), None)
+        next((d for e in element(x.key)[0].index for d in e if d.label is x.feature), None)
         for x in (values, term)
     )
     if at is None or here is None or not equal(at.base, here.base):

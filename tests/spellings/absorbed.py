@@ -71,6 +71,23 @@ def absorbed_flattened_heads(x: Inputs) -> Tensor:
     return up(out, x)
 
 
+def autocast(x: Inputs) -> torch.autocast:
+    """Of fp32: operands are rounded where they are used, a cache once for each view of it."""
+    full = x.kv_c.dtype is torch.float32
+    return torch.autocast(x.kv_c.device.type, torch.bfloat16, enabled=full)
+
+
+def absorbed_in_autocast(x: Inputs) -> Tensor:
+    with autocast(x):
+        return weighed(absorbed_scores(x), x)
+
+
+def absorbed_fused_cache_in_autocast(x: Inputs) -> Tensor:
+    with autocast(x):
+        s = torch.einsum("bshd,btd->bsht", latent_queries(x), x.fused) * SCALE
+        return weighed(s, replace(x, kv_c=x.fused[..., :32]))
+
+
 def absorbed_fill_in_a_tensor(x: Inputs) -> Tensor:
     s = torch.where(x.visible[:, None, None], absorbed_scores(x), torch.tensor(-1e9))
     return up(torch.einsum("bsht,btc->bshc", s.softmax(-1), x.kv_c), x)
