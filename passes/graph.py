@@ -28,6 +28,7 @@ FUSED_ATTENTION = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
+FLEX_ATTENTION = torch.ops.higher_order.flex_attention
 # Copies of all of one tensor, the same numbers in other dimensions, either in another order, and
 # any of these in another type.
 COPIES = frozenset({aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default})

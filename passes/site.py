@@ -49,6 +49,7 @@ class Reason(enum.Enum):
     QUANTISED = (
         "keep kv_b_proj in a floating type, so that it can be absorbed into query and output"
     )
+    FLEX = 'use eager or sdpa attention (attn_implementation="sdpa") instead of flex_attention'
     NO_QUERY = "nothing to do: this softmax is of no queries times keys, hence no attention"
 
 

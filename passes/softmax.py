@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from mla_compile.passes.graph import (
     CONTRACTIONS,
     COPIES,
+    FLEX_ATTENTION,
     FUSED_ATTENTION,
     RENAMES,
     RESHAPES,
@@ -37,6 +38,7 @@ from mla_compile.passes.site import Reason, Refusal
 from mla_compile.passes.sizes import equal, numel, same_sizes
 
 JOINED = RENAMES | {aten.cat.default, aten.constant_pad_nd.default}
+CALLS = FUSED_ATTENTION | {FLEX_ATTENTION}
 CARRIERS = WHOLE | {aten.mul.Tensor, aten.slice.Tensor}
 
 RowSum = tuple[Node, Node, int]  # Σ exp(scores - a shift of the row), the exponentials, the axis
@@ -79,7 +81,7 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
     """Every softmax of the graph, in order, however it is written."""
     sums = list(row_sums(graph))
     logs, same = logarithms(sums), twins(graph)
-    found = [Normalised(n, twins=same) for n in graph.nodes if n.target in FUSED_ATTENTION]
+    found = [Normalised(n, twins=same) for n in graph.nodes if n.target in CALLS]
     for total, exponential, axis in sums:
         scores = unshifted(exponential.args[0], axis)
         weights = reached(exponential, lambda n: filter(unchanged, n.users))
@@ -224,7 +226,7 @@ def carries(node: Node) -> bool:
 def has_queries(softmax: Normalised) -> bool:
     """Its scores are contractions; they may be, where they come from outside of the graph."""
 
-    products = CONTRACTIONS | FUSED_ATTENTION
+    products = CONTRACTIONS | CALLS
     return any(
         node.op == "placeholder"
         or node.target in products
@@ -291,6 +293,8 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
         return is_row_sum(node) or (unchanged(node) and any(map(summed_up, node.users)))
 
     node, path = softmax.node, [softmax.node]
+    if node.target is FLEX_ATTENTION:
+        raise Refusal(Reason.FLEX, "nobody reads a score_mod and a mask_mod")
     if softmax.scores is None:
         used = [u for u in node.users if u.users]
         if [u.args[1] for u in used] != [0]:

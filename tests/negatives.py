@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from mla_compile.passes.site import Reason
 from tests.spellings import SCALE, Inputs, absorbed_scores, expand
@@ -308,6 +309,12 @@ def top_left_causal_sdpa(x: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=SCALE)
 
 
+def scores_by_flex_attention(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    out: Tensor = flex_attention(q, k, F.pad(v, (0, x.P)))
+    return out
+
+
 def late_division_by_the_sum_of_another_row(x: Inputs) -> Tensor:
     e = absorbed_scores(x).exp()
     return attend(e, x) / e.sum(-1, keepdim=True).roll(1, 2)
@@ -465,6 +472,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (scores_returned, Reason.ESCAPE),
     (expanded_keys_returned, Reason.ESCAPE),
     (expanded_values_used_again, Reason.ESCAPE),
+    (scores_by_flex_attention, Reason.FLEX),
     (softmax_over_heads, Reason.SOFTMAX),
     (probabilities_without_a_sink, Reason.SINKS),
     (scores_padded_by_a_sink, Reason.SINKS),
