@@ -49,7 +49,7 @@ from mla_compile.passes.indexing import (
 )
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
 from mla_compile.passes.sizes import Size, equal
-from mla_compile.passes.softmax import Attention, division
+from mla_compile.passes.softmax import Attention, division, sees_nothing, unzeroed
 from mla_compile.reference import ABSORBING
 
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
@@ -131,6 +131,8 @@ class Evaluator:
             return leaf
         if attention.total and node in attention.path and (parts := division(node)):
             return self._divided(*parts, index)
+        if node in attention.path and (source := unzeroed(node)):
+            return self._zeroed(node, source, index)
         if read := self._relabel(node, index):
             return self.evaluate(*read, context)
         if dtype(node) not in FLOATS:
@@ -296,6 +298,17 @@ class Evaluator:
         self.addend = 0
         score = self.evaluate(scores, index, Context.SCORE)
         return self._rows(score, index[:axis] + index[axis + 1 :], digits)
+
+    def _zeroed(self, node: Node, source: Node, index: Index) -> list[Term]:
+        """Probabilities of which whole rows are set to zero; those that see nothing are anyway."""
+        terms, of = self.evaluate(source, index), self.attention
+        if sees_nothing(node.args[0], of.scores, of.axis):
+            return terms
+        mask = Mask(settle(node.args[0], index), source is node.args[1], 0.0)
+        if mask.leaf.labels & self.time:
+            detail = f"probabilities of some tokens are set to zero by {mask.leaf}"
+            raise Refusal(Reason.SOFTMAX, detail, node)
+        return [t.times(Term((mask,))) for t in terms]
 
     def _divided(self, weighed: Node, by: Node, inverse: bool, index: Index) -> list[Term]:
         """Weighed values over the sum of the weights, which has to be that of the same row."""

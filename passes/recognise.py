@@ -40,7 +40,7 @@ from mla_compile.passes.indexing import (
 from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
 from mla_compile.passes.paging import find_paging
 from mla_compile.passes.score import cache_term, is_constant, split_keys, split_masks, split_score
-from mla_compile.passes.site import Miss, MLASite, Reason, Refusal, span
+from mla_compile.passes.site import Mask, Miss, MLASite, Reason, Refusal, span
 from mla_compile.passes.sizes import Size, divides, equal, true
 from mla_compile.passes.softmax import (
     Attention,
@@ -97,8 +97,10 @@ def objections(sites: Sites) -> Iterator[tuple[Normalised, Miss]]:
                 break
         else:
             if found.expanded and not pays(**found.dims):
-                detail = f"{found.dims['Sq']} queries over {found.dims['Skv']} cached tokens"
-                yield softmax, Refusal(Reason.PREFILL, detail).miss(found.root)
+                queries, tokens = found.dims["Sq"], found.dims["Skv"]
+                reason = Reason.PREFILL if isinstance(queries, int) else Reason.DYNAMIC
+                detail = f"{queries} queries over {tokens} cached tokens"
+                yield softmax, Refusal(reason, detail).miss(found.root)
 
 
 def pays(Sq: Size, Skv: Size, Lkv: Size, P: Size, V: Size, **others: Size) -> bool:
@@ -174,11 +176,14 @@ def described(
     batch = tuple(x for x in softmax.rows if x not in shared)
     around = frozenset(batch + softmax.time)
     scores, masks, logit_cap = split_score(softmax, around, bool(attention.lse))
+    zeroed = tuple(f for f in value.factors if isinstance(f, Mask))
+    value = replace(value, factors=tuple(f for f in value.factors if f not in zeroed))
     values = cache_term(value, softmax, around)
     latent, rope = split_keys(scores, values, around, attention.root)
     projected = len(latent.factors) > 1 or bool(values.factors)
     heads = weight_rows(latent.factors + values.factors, shared) if projected else frozenset()
-    masked = frozenset().union(*(m.leaf.labels for m in masks))
+    varying = {x for x in shared if not isinstance(x.size, int)}
+    masked = varying.union(*(m.leaf.labels for m in masks + zeroed))
     queries = shared - heads if heads else shared & masked
     tokens = tuple(x for x in softmax.rows if x in queries)
     lengths, causal, masks = split_masks(masks, softmax, batch, tokens)
@@ -194,6 +199,7 @@ def described(
         rope=rope,
         values=values,
         biases=biases,
+        zeroed=zeroed,
         masks=masks,
         lengths=lengths,
         causal=causal,
@@ -255,7 +261,7 @@ def why_no_latent(leaves: list[Leaf], tokens: Size) -> Refusal:
             if node.target in CONTRACTIONS:
                 detail = f"{leaf.node.name} ({leaf.node.target}) is between the projection and them"
                 return Refusal(Reason.BETWEEN, detail, leaf.node)
-    detail = "keys and values have a row for every head and query"
+    detail = "keys or values have a row for every head and query"
     return Refusal(Reason.NO_LATENT, detail, leaves[0].node if leaves else None)
 
 
@@ -270,8 +276,9 @@ def check(found: MLASite, value: Term) -> None:
 
     No factor is a diagonal, and the output has rows, value dimensions, and nothing else.
     """
+    masks = found.masks + found.zeroed
     leaves = [leaf for term in found.terms for leaf in (*term.factors, term.key)]
-    for leaf in (*leaves, *found.values.factors, *found.biases, *(m.leaf for m in found.masks)):
+    for leaf in (*leaves, *found.values.factors, *found.biases, *(m.leaf for m in masks)):
         labels = every_label(leaf.index)
         if len(set(labels)) != len(labels):
             raise Refusal(Reason.LAYOUT, f"{leaf} is read along a diagonal", leaf.node)

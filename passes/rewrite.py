@@ -274,6 +274,9 @@ class Emitter:
         for bias in site.biases:  # a row that sees nothing stays zero
             seen = arrange((reshape(lse > -inf, sizes), rows), groups)
             result = result + arrange(self.spread(bias), groups) * seen
+        for mask in site.zeroed:
+            kept = arrange(self.spread(mask.leaf), groups)
+            result = torch.where(kept if mask.keep else ~kept, result, 0)
         return like(site.root, self.scaled(result, values.scale, values.scalars))
 
     def scaled(self, tensor: Tensor, scale: float, scalars: tuple[Scalar, ...]) -> Tensor:

@@ -38,7 +38,8 @@ class Reason(enum.Enum):
     PREFILL = "nothing to do: with this many queries expanding the cache is the cheaper way"
     LAYOUT = "keep batch, head and feature dimensions of queries, cache and weights separate"
     DYNAMIC = (
-        "keep the numbers of heads and features static; sequences, queries and tokens may vary"
+        "keep the numbers of heads and features static, and bound that of queries where the cache "
+        "is expanded: torch._dynamo.mark_dynamic(x, dim, min=2, max=8); the others may vary"
     )
     DTYPE = "keep the cache in bfloat16, float16 or float32, and use the output in that type"
     SINKS = "the op has no sinks: an extra column under the softmax cannot be kept"
@@ -173,8 +174,8 @@ class MLASite:
     """MLA attention in normal form.  The emitter needs nothing else of the graph.
 
     out[batch, queries, heads, *value_labels] = Σ_time softmax(latent + rope + masks) · values plus
-    `biases`, the scores under `logit_cap` if that is not 0.  `rows` are batch, queries and heads in
-    the graph's order.
+    `biases`, or 0 where one of `zeroed` does not keep it; the scores under `logit_cap` if that is
+    not 0.  `rows` are batch, queries and heads in the graph's order.
     """
 
     softmax: Node
@@ -189,6 +190,7 @@ class MLASite:
     rope: CacheTerm | None
     values: CacheTerm
     biases: tuple[Leaf, ...]
+    zeroed: tuple[Mask, ...]  # of whole rows
     masks: tuple[Mask, ...]
     lengths: Lengths | None
     causal: bool  # query q sees the tokens up to Skv - Sq + q

@@ -38,6 +38,7 @@ from mla_compile.passes.site import Reason, Refusal
 from mla_compile.passes.sizes import equal, numel, same_sizes
 
 JOINED = RENAMES | {aten.cat.default, aten.constant_pad_nd.default}
+JOINED |= {aten.select_scatter.default, aten.slice_scatter.default, aten.select.int}
 CALLS = FUSED_ATTENTION | {FLEX_ATTENTION}
 CARRIERS = WHOLE | {aten.mul.Tensor, aten.slice.Tensor}
 
@@ -87,8 +88,7 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
         weights = reached(exponential, lambda n: filter(unchanged, n.users))
         divided = [u for e in weights for u in e.users if is_normalised(u, e, total, axis)]
         later = Normalised(exponential, scores, axis, total, logs, same)
-        nodes = (without_empty_rows(division, scores, axis) for division in divided)
-        found += [replace(later, node=node, total=None) for node in nodes] or [later]
+        found += [replace(later, node=node, total=None) for node in divided] or [later]
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
         summed_up, axis = logs.get(shift and strip(shift, RESHAPES), (None, 0))
@@ -179,13 +179,11 @@ def division(node: Node) -> tuple[Node, Node, bool] | None:
     return None
 
 
-def without_empty_rows(probabilities: Node, scores: Node, axis: int) -> Node:
-    """The probabilities with rows that see no key set to zero, if the graph does that."""
-    for user in probabilities.users:
-        zeroed = user.target is aten.where.self and user.args[2] is probabilities
-        if zeroed and constant(user.args[1]) == 0 and sees_nothing(user.args[0], scores, axis):
-            return user
-    return probabilities
+def unzeroed(node: Node) -> Node | None:
+    """What it is wherever it is not set to zero."""
+    branches = node.args[1:] if node.target is aten.where.self else ()
+    kept = [x for x in branches if constant(x) != 0]
+    return kept[0] if len(kept) == len(branches) - 1 else None
 
 
 def sees_nothing(condition: Node, scores: Node, axis: int) -> bool:
@@ -208,7 +206,8 @@ def is_attention(softmax: Normalised) -> bool:
 
     def made(node: Node) -> list[Node]:
         users = [u for u in node.users if is_tensor(u) and not is_sum(u)]
-        return [u for u in users if carries(u) or same_sizes(shape(u), shape(node))]
+        part = CARRIERS | {aten.select.int}
+        return [u for u in users if u.target in part or same_sizes(shape(u), shape(node))]
 
     return softmax.scores is None or any(
         user.target in CONTRACTIONS or (is_sum(user) and strip(node, COPIES) is not softmax.node)
@@ -305,7 +304,9 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
         users = [u for u in readers(node) if u not in beside]
         if len(users) != 1:
             names = ", ".join(u.name for u in users)
-            raise Refusal(Reason.ESCAPE, f"the probabilities are used by {names}", node)
+            cut = any(u.target is aten.select.int for u in users)
+            reason = Reason.SOFTMAX if cut else Reason.ESCAPE
+            raise Refusal(reason, f"the probabilities are used by {names}", node)
         (user,) = users
         path.append(user)
         of_product = node.target is aten.mul.Tensor and is_row_sum(user)
@@ -315,7 +316,7 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
         if user.target is aten.div.Tensor and user.args[0] is node:
             raise Refusal(Reason.SINKS, f"{node.name} is divided by more than its sum", user)
-        if not carries(user):
+        if not carries(user) and unzeroed(user) is not node:
             detail = f"the probabilities are used by {user.name} ({user.target})"
             raise Refusal(Reason.ESCAPE, detail, user)
         node = user

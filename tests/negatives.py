@@ -183,6 +183,29 @@ def sinks_under_a_shift(x: Inputs) -> Tensor:
     return attend(s.softmax(-1)[..., :-1], x)
 
 
+def probabilities_of_hidden_tokens_zeroed(x: Inputs) -> Tensor:
+    p = absorbed_scores(x).softmax(-1)
+    return attend(p.masked_fill(~x.visible[:, None, None], 0.0), x)
+
+
+def rows_of_probabilities_set_to_one(x: Inputs) -> Tensor:
+    p = absorbed_scores(x).softmax(-1)
+    return attend(p.masked_fill((x.lens > 30)[:, None, None, None], 1.0), x)
+
+
+def probabilities_head_by_head(x: Inputs) -> Tensor:
+    p = absorbed_scores(x).softmax(-1)
+    return torch.stack([p[:, :, n] @ x.kv_c for n in range(x.N)], 2)
+
+
+def scores_written_head_by_head(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    scores = torch.zeros_like(s)
+    for n in range(x.N):
+        scores[:, :, n] = s[:, :, n]
+    return attend(scores.softmax(-1), x)
+
+
 def probabilities_renormalised(x: Inputs) -> Tensor:
     p = absorbed_scores(x).softmax(-1)
     return attend(p * x.visible[:, None, None], x)
@@ -498,6 +521,10 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (values_of_other_pages, Reason.VALUE),
     (values_of_slots_in_another_order, Reason.VALUE),
     (quantised_projection, Reason.QUANTISED),
+    (probabilities_of_hidden_tokens_zeroed, Reason.SOFTMAX),
+    (rows_of_probabilities_set_to_one, Reason.ESCAPE),
+    (probabilities_head_by_head, Reason.SOFTMAX),
+    (scores_written_head_by_head, Reason.SCORE),
     (probabilities_renormalised, Reason.SOFTMAX),
     (probabilities_sharpened, Reason.ESCAPE),
     (two_fills, Reason.MASK),

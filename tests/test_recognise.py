@@ -31,12 +31,14 @@ from tests.spellings import (
 from tests.spellings.absorbed import (
     absorbed_causal_positions,
     absorbed_causal_triangle,
+    absorbed_without_rope,
     deepseek_absorbed,
 )
 from tests.spellings.expanded import (
     biased,
     expanded_after_a_cache_append,
     expanded_rope_repeated,
+    expanded_sdpa,
     expanded_sdpa_length_mask,
 )
 
@@ -489,6 +491,29 @@ def test_symbolic_heads_and_features_are_left_alone() -> None:
     compiled = Compiled(POSITIVES[0], dynamic=True)
     compiled(inputs())
     assert [miss.reason for miss in compiled.misses] == [Reason.DYNAMIC]
+
+
+@pytest.mark.parametrize("bounds, reasons", [({"min": 2, "max": 8}, []), ({}, [Reason.DYNAMIC])])
+@torch.no_grad()
+def test_a_cache_is_expanded_for_queries_without_a_bound(
+    bounds: dict[str, int], reasons: list[Reason]
+) -> None:
+    x = inputs(Sq=3)
+    for tensor in (x.q_nope, x.q_pe):
+        torch._dynamo.mark_dynamic(tensor, 1, **bounds)
+    compiled = Compiled(expanded_sdpa)
+    compiled(x)
+    assert [miss.reason for miss in compiled.misses] == reasons
+
+
+@torch.no_grad()
+def test_queries_of_any_number_may_be_absorbed() -> None:
+    x = inputs(Sq=3)
+    for tensor in (x.q_nope, x.q_pe):
+        torch._dynamo.mark_dynamic(tensor, 1)
+    compiled = Compiled(absorbed_without_rope)
+    torch.testing.assert_close(compiled(x), absorbed_without_rope(inputs(Sq=3)))
+    assert [site.dims["N"] for site in compiled.sites] == [4]
 
 
 @torch.no_grad()

@@ -55,6 +55,18 @@ def softmax_by_a_reciprocal(x: Inputs) -> Tensor:
     return up(weighed(e * (1 / e.sum(-1))[..., None], x), x)
 
 
+def softmax_zeroed_where_nothing_is_seen(x: Inputs) -> Tensor:
+    """FlashAttention's reference, at its own words: a row that sees no token is zero."""
+    hidden = ~x.visible[:, None, None]
+    p = scores(x).softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    return up(weighed(p, x), x)
+
+
+def softmax_zeroed_for_finished_sequences(x: Inputs) -> Tensor:
+    running = (x.lens > 30)[:, None, None, None]
+    return up(weighed(torch.where(running, scores(x).softmax(-1), 0.0), x), x)
+
+
 def divided_after_the_values(x: Inputs) -> Tensor:
     s = scores(x)
     e = (s - s.amax(-1, keepdim=True)).exp()
