@@ -293,7 +293,8 @@ def _cat(node: Node, index: Index) -> Read:
 def _slice_scatter(node: Node, index: Index) -> Read:
     base, source = node.args[:2]
     dim, start = argument(node, "dim", 0) % len(index), argument(node, "start", 0)
-    if argument(node, "step", 1) != 1 or not true(start >= 0):
+    cast = dtype(source) is not dtype(base)
+    if cast or argument(node, "step", 1) != 1 or not true(start >= 0):
         return None
     borders = [0, start, start + shape(source)[dim], shape(node)[dim]]
     return pick_part(index, dim, borders, [(base, 0), (source, start), (base, 0)])

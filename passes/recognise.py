@@ -89,7 +89,7 @@ def objections(sites: Sites) -> Iterator[tuple[Normalised, Miss]]:
     replaced = {node for x in all_found for node in (x.softmax, x.root, *x.lse)}
     kept = {node for found in all_found for node in found.inputs}
     for softmax, (found, expanded) in sites.items():
-        private = {*expanded, softmax.scores or softmax.node} - {found.root}
+        private = {*expanded, softmax.scores or softmax.node, *softmax.node.users} - {found.root}
         for node in sorted(private, key=str):
             if thief := escape(node, replaced, kept):
                 detail = f"{node.name} is also used by {thief.name}"

@@ -303,7 +303,7 @@ class Emitter:
                     tensor = tensor.select(dim, d.offset)
                 elif isinstance(d.label, Leaf):
                     table, inner = self.spread(d.label)
-                    tensor = tensor[(*[slice(None)] * dim, table)]
+                    tensor = aten.index(tensor, [*[None] * dim, table])
                     labels += inner
                 else:
                     tensor = tensor if d.full else tensor.narrow(dim, d.offset, d.label.size)

@@ -88,7 +88,8 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
         weights = reached(exponential, lambda n: filter(unchanged, n.users))
         divided = [u for e in weights for u in e.users if is_normalised(u, e, total, axis)]
         later = Normalised(exponential, scores, axis, total, logs, same)
-        found += [replace(later, node=node, total=None) for node in divided] or [later]
+        of_lse = all(u.target is aten.log.default for u in total.users)
+        found += [replace(later, node=n, total=None) for n in divided] or [later] * (not of_lse)
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
         summed_up, axis = logs.get(shift and strip(shift, RESHAPES), (None, 0))

@@ -34,7 +34,10 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         torch._dynamo.reset()
-        return torch.compile(self.fn, backend=self.backend, dynamic=self.dynamic)(*args, **kwargs)
+        backend, dynamic = self.backend, self.dynamic  # Dynamo breaks the graph at some exceptions
+        return torch.compile(self.fn, backend=backend, dynamic=dynamic, fullgraph=True)(
+            *args, **kwargs
+        )
 
     def backend(self, gm: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         def partition(gm: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, ...]:

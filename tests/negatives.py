@@ -57,6 +57,13 @@ def values_of_another_cache(x: Inputs) -> Tensor:
     return attend(absorbed_scores(x).softmax(-1), x, x.fused[..., :32])
 
 
+def keys_rounded_where_they_are_written(x: Inputs) -> Tensor:
+    """slice_scatter writes in the type of what it writes into."""
+    rounded = torch.zeros_like(x.kv_c, dtype=torch.bfloat16)
+    keys = torch.slice_scatter(rounded, x.kv_c, 1).to(x.kv_c.dtype)
+    return attend(absorbed_scores(replace(x, kv_c=keys)).softmax(-1), x)
+
+
 def values_of_another_function(x: Inputs) -> Tensor:
     return attend(absorbed_scores(x).softmax(-1), x, x.kv_c.sin())
 
@@ -338,6 +345,12 @@ def scores_by_flex_attention(x: Inputs) -> Tensor:
     return out
 
 
+def sum_of_the_weights_returned(x: Inputs) -> tuple[Tensor, Tensor]:
+    e = absorbed_scores(x).exp()
+    total = e.sum(-1, keepdim=True)
+    return attend(e, x) / total, total
+
+
 def late_division_by_the_sum_of_another_row(x: Inputs) -> Tensor:
     e = absorbed_scores(x).exp()
     return attend(e, x) / e.sum(-1, keepdim=True).roll(1, 2)
@@ -475,6 +488,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (grouped_query_cache_by_sdpa, Reason.VALUE),
     (cache_of_transposed_features, Reason.LAYOUT),
     (values_of_another_cache, Reason.VALUE),
+    (keys_rounded_where_they_are_written, Reason.VALUE),
     (values_of_another_function, Reason.VALUE),
     (values_of_other_columns, Reason.VALUE),
     (values_overlap_the_keys, Reason.VALUE),
@@ -493,6 +507,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (keys_that_no_query_meets, Reason.SCORE),
     (probabilities_returned, Reason.ESCAPE),
     (scores_returned, Reason.ESCAPE),
+    (sum_of_the_weights_returned, Reason.ESCAPE),
     (expanded_keys_returned, Reason.ESCAPE),
     (expanded_values_used_again, Reason.ESCAPE),
     (scores_by_flex_attention, Reason.FLEX),

@@ -55,6 +55,27 @@ def test_an_attention_is_seen_beside(other: Callable[[Inputs], Tensor]) -> None:
     assert compiled.count(OP) == 1
 
 
+def one_layer(x: Inputs) -> Tensor:
+    layers = torch.stack([x.kv_c + 1, x.kv_c])
+    return attention(replace(x, kv_c=layers.index_select(0, torch.tensor([1]))[0]))
+
+
+def one_page(x: Inputs) -> Tensor:
+    pool = torch.stack([x.kv_c[0] + 1, x.kv_c[0]])
+    return attention(replace(x, kv_c=pool[torch.tensor([[1]])].flatten(1, 2)))
+
+
+def one_row_of_a_mask(x: Inputs) -> Tensor:
+    past = torch.ones(48, 48, dtype=torch.bool).tril().index_select(0, x.lens[:1] - 1)
+    return attend(absorbed_scores(x).masked_fill(~past, -inf).softmax(-1), x)
+
+
+@pytest.mark.parametrize("decode", [one_layer, one_page, one_row_of_a_mask])
+@torch.no_grad()
+def test_an_index_may_have_one_element(decode: Decode) -> None:
+    rewritten(decode, inputs(B=1))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @torch.no_grad()
 def test_the_largest_integer_is_a_length_without_an_end(dtype: torch.dtype) -> None:

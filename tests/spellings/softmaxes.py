@@ -67,6 +67,14 @@ def softmax_zeroed_for_finished_sequences(x: Inputs) -> Tensor:
     return up(weighed(torch.where(running, scores(x).softmax(-1), 0.0), x), x)
 
 
+def lse_by_a_sum_of_its_own(x: Inputs) -> tuple[Tensor, Tensor]:
+    s = scores(x)
+    top = s.amax(-1, keepdim=True)
+    e = (s - top).exp()
+    out = weighed(e, x) / e.sum(-1, keepdim=True)
+    return up(out.to(x.kv_c.dtype), x), e.sum(-1).log() + top.squeeze(-1)
+
+
 def divided_after_the_values(x: Inputs) -> Tensor:
     s = scores(x)
     e = (s - s.amax(-1, keepdim=True)).exp()
