@@ -27,8 +27,8 @@ def explain(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     if not Path(args.script).is_file():
         parser.error(f"there is no script {args.script}")
     save = args.save and Path(args.save).resolve()  # the script may change the folder
-    if save and not save.parent.is_dir():
-        parser.error(f"there is no folder {save.parent} to save a report in")
+    if save and (save.is_dir() or not save.parent.is_dir()):
+        parser.error(f"expected --save to name a file in a folder that exists, got {save}")
     try:
         with reporting() as report:
             run_script(args.script, args.arguments)

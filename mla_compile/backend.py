@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,8 @@ from torch.fx import GraphModule
 from mla_compile.passes.inductor import MLAPass, counters
 
 __all__ = ["counters", "disable", "enable", "mla", "options"]
+
+log = logging.getLogger(__name__)
 
 _HOOK = "joint_custom_pre_pass"
 
@@ -28,9 +31,12 @@ def mla(
     """The Dynamo backend: `torch.compile(model, backend="mla")` is Inductor with the pass in it.
 
     Takes Inductor's `mode` or `options`; a `joint_custom_pre_pass` among these runs after ours.
-    Raises RuntimeError, as torch.compile does, for an option that Inductor does not have.
+    Warns where they switch all such passes off.  Raises RuntimeError, as torch.compile does, for
+    an option that Inductor does not have.
     """
     inductor = torch._TorchCompileInductorWrapper(mode, _with_pass(options or {}), None)
+    if not inductor.config.get("use_joint_graph_passes", config.use_joint_graph_passes):
+        log.warning("nothing is rewritten: use_joint_graph_passes is off (mode %s)", mode)
     result: Callable[..., Any] = inductor(gm, example_inputs)
     return result
 
@@ -64,7 +70,7 @@ def enable() -> Enabled:
 
 
 def disable() -> None:
-    """Undo enable(), however often it was called."""
+    """Undo enable(), however often it was called, if the hook is still what that set."""
     current = getattr(config, _HOOK)
     if type(current) is MLAPass:  # a report goes on
         setattr(config, _HOOK, _unwrapped(current))

@@ -39,10 +39,13 @@ _AITER = (
     "SymInt nhead_kv=1, Tensor? q_scale=None, Tensor? kv_scale=None, bool causal=True"
 )
 
+# Rows are of consecutive features: Inductor must not choose other strides.
+_TAGS = (torch.Tag.needs_exact_strides,)
+
 _library = torch.library.Library("mla_compile", "DEF")
-_library.define(f"mla_decode({_INPUTS}, *, {_OPTIONS}) -> (Tensor out, Tensor lse)")
-_library.define(f"mla_decode_out({_INPUTS}, *, {_OPTIONS}, {_OUTPUTS}) -> ()")
-_library.define(f"mla_decode_fwd({_AITER}) -> Tensor lse")
+_library.define(f"mla_decode({_INPUTS}, *, {_OPTIONS}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+_library.define(f"mla_decode_out({_INPUTS}, *, {_OPTIONS}, {_OUTPUTS}) -> ()", tags=_TAGS)
+_library.define(f"mla_decode_fwd({_AITER}) -> Tensor lse", tags=_TAGS)
 
 
 def _empty_outputs(q_nope: Tensor) -> tuple[Tensor, Tensor]:

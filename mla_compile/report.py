@@ -103,12 +103,14 @@ class Report:
             counts = f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"
             return f"{counts}, {self.graphs} graph(s), {len(self.breaks)} graph break(s){python}"
         if self.unseen:
-            how = "in another thread, or with a joint_custom_pre_pass that somebody set"
-            return f"what was compiled was compiled without the pass: {how}{python}"
+            how = "in another thread, by another backend, in a mode without joint graph passes"
+            hook = "with a joint_custom_pre_pass that somebody set"
+            return f"what was compiled was compiled without the pass: {how} or {hook}{python}"
         if self.skipped:
             how = "take graph breaks out of loops, `with` and `try`"
             return f"nothing was compiled{python}: {how}; TORCH_LOGS=graph_breaks names them"
-        return "nothing was compiled: wrap the model in torch.compile, or pass it to explain()"
+        how = "wrap the model in torch.compile, or pass it to explain(), with Dynamo switched on"
+        return f"nothing was compiled in this process: {how}"
 
     def sections(self) -> Iterable[Section]:
         attentions: list[Rewritten | Refused] = [*self.sites, *self.misses]
@@ -145,7 +147,7 @@ class Recorder(MLAPass):
     def __init__(self, report: Report, previous: Sequence[Callable[[Graph], None]] = ()):
         super().__init__(previous)
         self.report = report
-        self.earlier = len(graph_breaks())
+        self.seen = list(graph_breaks())
         self.tracing: TracingContext | None = None  # of the function at hand
         self.ops: dict[str, Op] = {}  # of the graph at hand, before the pass
         self.known: set[str] = set()  # its nodes, those of rewritten attentions included
@@ -171,10 +173,12 @@ class Recorder(MLAPass):
     def begin(self) -> None:
         """Another function: between which graph breaks?"""
         self.report.graphs += 1
-        self.resumed = self.report.breaks[-1] if self.report.breaks and resumes() else ""
-        new = graph_breaks()[self.earlier + len(self.report.breaks) :]
-        self.report.breaks += map(described, new)
-        self.ended = self.report.breaks[-1] if new else ""
+        seen, self.seen = set(map(id, self.seen)), list(graph_breaks())
+        new = [described(x) for x in self.seen if id(x) not in seen]
+        before = self.report.breaks[-1:] or new[:1]
+        self.resumed = before[0] if before and resumes() else ""
+        self.ended = new[-1] if new and new[-1] != self.resumed else ""
+        self.report.breaks += new
 
     def note(self, verdict: Verdict) -> None:
         super().note(verdict)
@@ -191,7 +195,7 @@ class Recorder(MLAPass):
 
 
 def graph_breaks() -> list[Any]:
-    """All since the process started: Dynamo's own record, which nothing else clears."""
+    """All since torch._dynamo.reset(), which a script may call: Dynamo's own record."""
     reasons: list[Any] = vars(output_graph)["graph_break_reasons"]
     return reasons
 
@@ -368,12 +372,14 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile `fn` with the pass, run it once without grad, and report on every attention in it.
 
     The run is real: a cache among the arguments is written to.  What Dynamo had compiled is
-    forgotten.
+    forgotten, and so are the settings of a function that is compiled already.
     """
     torch._dynamo.reset()
-    with reporting() as report, torch.no_grad():
-        torch.compile(fn)(*args, **kwargs)
-    torch._dynamo.reset()
+    try:
+        with reporting() as report, torch.no_grad():
+            torch.compile(fn)(*args, **kwargs)
+    finally:
+        torch._dynamo.reset()
     return report
 
 

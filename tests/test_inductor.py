@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
@@ -54,7 +55,8 @@ def test_the_backend_is_found_by_its_name() -> None:
     assert error(result, exact) <= 2 * error(expanded_sdpa_length_mask(x), exact)
 
 
-def test_the_op_gets_the_strides_that_it_was_planned_with() -> None:
+@pytest.mark.parametrize("layout", ["needs_exact_strides", "flexible_layout"])
+def test_the_op_gets_the_strides_that_it_was_planned_with(layout: str) -> None:
     """Autocast reads rope keys transposed; Inductor would store the cast as it is read."""
 
     def decode(x: Inputs) -> Tensor:
@@ -66,9 +68,16 @@ def test_the_op_gets_the_strides_that_it_was_planned_with() -> None:
 
     exact, x = decode(inputs().to(torch.float64)), inputs().to(torch.bfloat16)
     x = replace(x, q_pe=x.q_pe.float(), k_pe=x.k_pe.float())
-    result = torch.compile(decode, backend="mla")(x)
+    with functorch.patch(custom_op_default_layout_constraint=layout):
+        result = torch.compile(decode, backend="mla")(x)
     assert mla_compile.counters == {"rewritten": 1}
     assert error(result, exact) <= 2 * error(decode(x), exact)
+
+
+def test_a_mode_that_switches_the_pass_off_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"use_joint_graph_passes": False}
+    torch.compile(deepseek_absorbed, backend="mla", options=options)(inputs())
+    assert "use_joint_graph_passes is off" in caplog.text
 
 
 def test_equal_options_compile_once() -> None:

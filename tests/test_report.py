@@ -145,6 +145,17 @@ def test_a_graph_break_inside_an_attention_is_named() -> None:
     assert "graph break" in miss.remedy
 
 
+@torch.compiler.disable
+def expand(latent: Tensor, kv_b: Tensor) -> Tensor:
+    return (latent @ kv_b).unflatten(-1, (N, P)).transpose(1, 2)
+
+
+def hidden_from_the_start(q: Tensor, latent: Tensor, kv_b: Tensor) -> Tensor:
+    kv = expand(latent, kv_b)
+    out: Tensor = (q @ kv.mT).softmax(-1) @ kv
+    return out
+
+
 def hidden(q: Tensor, latent: Tensor, kv_b: Tensor) -> Tensor:
     kv = (latent @ kv_b).unflatten(-1, (N, P)).transpose(1, 2)
     torch._dynamo.graph_break()
@@ -160,7 +171,9 @@ def cut_at_the_scores(q: Tensor, latent: Tensor, kv_b: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("cut, line", [(hidden, 2), (cut_at_the_scores, 3)])
+@pytest.mark.parametrize(
+    "cut, line", [(hidden, 2), (cut_at_the_scores, 3), (hidden_from_the_start, 1)]
+)
 def test_a_graph_break_between_cache_and_attention_is_named(
     cut: Callable[..., Tensor], line: int
 ) -> None:
@@ -191,6 +204,29 @@ def test_a_graph_break_is_named_whatever_branches_there_are() -> None:
     found = mla_compile.explain(branching, torch.randn(2, 3, 8), torch.randn(2, 5, 8))
     assert [miss.reason for miss in found.misses] == ["GRAPH_BREAK"]
     assert (found.graphs, len(found.breaks)) == (2, 1)
+
+
+def test_a_reset_forgets_no_graph_break() -> None:
+    torch._dynamo.reset()
+    with reporting() as found, torch.no_grad():
+        for _ in range(2):
+            torch.compile(broken)(torch.randn(2, 3, 8), torch.randn(2, 5, 8))
+            torch._dynamo.reset()
+    assert [miss.reason for miss in found.misses] == ["GRAPH_BREAK"] * 2
+    assert len(found.breaks) == 2
+
+
+def test_nothing_that_explain_compiled_is_left_after_an_error() -> None:
+    @torch.compiler.disable
+    def fail(out: Tensor) -> None:
+        raise KeyError
+
+    def step(*args: Tensor) -> None:
+        fail(attention(*args))
+
+    with pytest.raises(KeyError):
+        mla_compile.explain(step, *inputs())
+    assert torch._dynamo.eval_frame._debug_get_cache_entry_list(step.__code__) == []
 
 
 def test_what_is_sampled_from_is_no_attention() -> None:
@@ -316,9 +352,10 @@ def test_a_script_is_run_and_reported_on(tmp_path: Path) -> None:
     assert "mla_decode" in (tmp_path / "r.html").read_text()
 
 
-def test_there_must_be_a_folder_for_the_report(tmp_path: Path) -> None:
-    result = explained(tmp_path, "2", save="nowhere/r.html")
-    assert result.returncode == 2 and "there is no folder" in result.stderr
+@pytest.mark.parametrize("save", ["nowhere/r.html", "."])
+def test_there_must_be_a_file_for_the_report(tmp_path: Path, save: str) -> None:
+    result = explained(tmp_path, "2", save=save)
+    assert result.returncode == 2 and "name a file in a folder" in result.stderr
 
 
 def test_a_script_that_compiles_nothing_is_told_so(tmp_path: Path) -> None:
