@@ -223,6 +223,7 @@ CHOICES: dict[str, list[Any]] = {
     "hide": ["nothing", "lengths", "all but a length", "causal", "lengths, causal", "input"],
     "mask": list(MASKS),
     "softmax": list(SOFTMAXES),
+    "zeroed": ["nothing", "nothing", "short sequences", "rows that see nothing"],
     "sdpa": [False, False, True],
     "loop": ["none", "none", "none", "heads", "sequences"],
     "out": ["bshv", "bhsv", "rows"],
@@ -248,6 +249,7 @@ class Program:
     hide: str
     mask: str
     softmax: str
+    zeroed: str
     sdpa: bool
     loop: str
     out: str
@@ -374,12 +376,18 @@ class Run:
         if p.scale == "tensor":
             s = s * x.temperature
         s = self.at("scores", s, x, layout)
+        zeroed = x.lens[:, None, None, None] * 2 < s.shape[t]
         if p.hide != "nothing":
             keep = self.at("mask", visible(p.hide, x, s.shape[t]), x)
+            if p.zeroed == "rows that see nothing":
+                zeroed = ~keep.any(-1, keepdim=True)
             s = MASKS[p.mask](s, keep.permute(["bhst".index(i) for i in layout]))
         if p.scale == "after the mask":
             s = s * scale
         probabilities, total = SOFTMAXES[p.softmax](s, t)
+        if p.zeroed != "nothing":
+            zeroed = zeroed.permute(["bhst".index(i) for i in layout])
+            probabilities = probabilities.masked_fill(zeroed, 0.0)
         probabilities = self.at("probabilities", probabilities, x, layout)
         rows = layout.replace("t", "")
         out = contract(f"{layout},{named(v, 'v')}->{rows}v", probabilities, v)
