@@ -273,8 +273,8 @@ class Program:
         Beside a finite fill the log of logsumexp is rounded away, and so are the scores to which
         fp16 adds its lowest number.
         """
-        logsumexp = self.softmax == "logsumexp" and not self.sdpa
-        rounded = logsumexp or (self.dtype is torch.float16 and self.mask == "added")
+        added = self.dtype is torch.float16 and self.mask == "added"
+        rounded = not self.sdpa and (self.softmax == "logsumexp" or added)
         return replace(self, mask=INFINITE.get(self.mask, self.mask)) if rounded else self
 
     def __call__(self, x: Inputs) -> tuple[Tensor, ...]:
