@@ -28,16 +28,15 @@ class Compiled:
 
     fn: Callable[..., Any]
     dynamic: bool | None = None
+    fullgraph: bool = True  # else Dynamo breaks the graph at some exceptions of the pass
     verdicts: list[Verdict] = field(default_factory=list)
     graphs: list[Graph] = field(default_factory=list)
     report: Report = field(default_factory=Report)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         torch._dynamo.reset()
-        backend, dynamic = self.backend, self.dynamic  # Dynamo breaks the graph at some exceptions
-        return torch.compile(self.fn, backend=backend, dynamic=dynamic, fullgraph=True)(
-            *args, **kwargs
-        )
+        how: Any = {"dynamic": self.dynamic, "fullgraph": self.fullgraph}
+        return torch.compile(self.fn, backend=self.backend, **how)(*args, **kwargs)
 
     def backend(self, gm: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         def partition(gm: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, ...]:
