@@ -25,7 +25,12 @@ from mla_compile.page import Section, html
 from mla_compile.passes.graph import aten, strip
 from mla_compile.passes.inductor import MLAPass, Verdict
 from mla_compile.passes.site import CacheTerm, Miss, MLASite, Reason, source_line
-from mla_compile.passes.softmax import find_softmaxes, is_attention, parts_of_scores
+from mla_compile.passes.softmax import (
+    division,
+    find_softmaxes,
+    is_attention,
+    parts_of_scores,
+)
 from mla_compile.picture import Op, between, snapshot, svg
 from mla_compile.saving import saving
 
@@ -224,6 +229,7 @@ def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
     Of batched products: those of a matrix product may be a router's, or be sampled from.
     """
     results = {strip(n) for n in graph.output_node().all_input_nodes}
+    results |= {strip(parts[0]) for n in results if (parts := division(n))}
     batched = {aten.bmm.default, aten.baddbmm.default}
     return [
         Refused(

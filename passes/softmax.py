@@ -48,7 +48,7 @@ Logs = dict[Node, tuple[Node, int]]  # what holds log Σ exp(scores), and these 
 
 @dataclass(frozen=True, eq=False)
 class Normalised:
-    """A softmax of `scores` over `axis`: `node`, or `node` over `total` where that is not None.
+    """A softmax of `scores` over `axis`: `node`, divided by `total` if that is not None.
 
     A fused attention call is one without `scores`.  `logs` and `twins` are those of the graph.
     """
@@ -65,9 +65,8 @@ class Normalised:
 class Attention(Normalised):
     """A softmax and the `path` from it to the `root`, through the contraction that consumes it.
 
-    The root is the contraction or, with a `total`, the division after it; that of a fused call is
-    its first result; or a slice of these.  `lse` are those `logs` of its scores that are used
-    elsewhere.
+    The root is the contraction, or the division by `total` after it; that of a fused call is its
+    first result; or a slice of these.  `lse` are the `logs` of its scores that are used elsewhere.
     """
 
     path: tuple[Node, ...]
@@ -84,12 +83,9 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
     logs, same = logarithms(sums), twins(graph)
     found = [Normalised(n, twins=same) for n in graph.nodes if n.target in CALLS]
     for total, exponential, axis in sums:
-        scores = unshifted(exponential.args[0], axis)
-        weights = reached(exponential, lambda n: filter(unchanged, n.users))
-        divided = [u for e in weights for u in e.users if is_normalised(u, e, total, axis)]
-        later = Normalised(exponential, scores, axis, total, logs, same)
-        of_lse = all(u.target is aten.log.default for u in total.users)
-        found += [replace(later, node=n, total=None) for n in divided] or [later] * (not of_lse)
+        if any(u.target is not aten.log.default for u in total.users):  # more than an lse
+            scores = unshifted(exponential.args[0], axis)
+            found.append(Normalised(exponential, scores, axis, total, logs, same))
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
         summed_up, axis = logs.get(shift and strip(shift, RESHAPES), (None, 0))
@@ -160,15 +156,6 @@ def is_per_row(node: Node, like: Node, axis: int) -> bool:
     return axis < len(sizes) and same_sizes(shape(node), rows)
 
 
-def is_normalised(node: Node, weights: Node, total: Node, axis: int) -> bool:
-    """The node is weights / total, element by element."""
-    weighed, by, inverse = division(node) or (None, None, False)
-    if weighed is not weights or not is_per_row(by, weights, axis):
-        return False
-    behind = strip(by, RESHAPES)
-    return total is (strip(behind.args[0], RESHAPES) if inverse else behind)
-
-
 def division(node: Node) -> tuple[Node, Node, bool] | None:
     """(a, b, False) where the node is a / b, (a, b, True) where it is a · b and b is a 1 / c."""
     inverse = node.target is aten.mul.Tensor
@@ -211,7 +198,8 @@ def is_attention(softmax: Normalised) -> bool:
         return [u for u in users if u.target in part or same_sizes(shape(u), shape(node))]
 
     return softmax.scores is None or any(
-        user.target in CONTRACTIONS or (is_sum(user) and strip(node, COPIES) is not softmax.node)
+        user.target in CONTRACTIONS
+        or (is_sum(user) and strip(node, COPIES).target is aten.mul.Tensor)
         for node in reached(softmax.node, made)
         for user in node.users
     )
@@ -248,7 +236,7 @@ def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
 def attention_of(softmax: Normalised) -> Attention:
     """The softmax and the contraction that consumes it.  Refuses if anything else does."""
     path = way_to_contraction(softmax)
-    if softmax.total is not None:
+    if softmax.total is not None and not any(map(division, path)):
         for node in only_readers(path[-1], {aten.div.Tensor, aten.mul.Tensor}):
             path.append(node)
             if division(node):
@@ -315,9 +303,10 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
             return path
         if is_random(user) or any(map(is_random, user.all_input_nodes)):
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
-        if user.target is aten.div.Tensor and user.args[0] is node:
+        divided = user.target is aten.div.Tensor and user.args[0] is node
+        if divided and (softmax.total is None or any(map(division, path[:-1]))):
             raise Refusal(Reason.SINKS, f"{node.name} is divided by more than its sum", user)
-        if not carries(user) and unzeroed(user) is not node:
+        if not divided and not carries(user) and unzeroed(user) is not node:
             detail = f"the probabilities are used by {user.name} ({user.target})"
             raise Refusal(Reason.ESCAPE, detail, user)
         node = user

@@ -525,7 +525,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (late_product_with_the_reciprocal_of_another_row, Reason.SOFTMAX),
     (late_division_by_a_reciprocal, Reason.SOFTMAX),
     (product_with_a_reciprocal_twice_as_large, Reason.SOFTMAX),
-    (exponentials_cut_to_integers, Reason.SINKS),
+    (exponentials_cut_to_integers, Reason.SOFTMAX),
     (exponentials_returned, Reason.ESCAPE),
     (fill_of_every_sequence, Reason.SCORE),
     (lse_of_scores_without_the_mask, Reason.ESCAPE),
