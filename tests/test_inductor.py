@@ -75,7 +75,7 @@ def test_the_op_gets_the_strides_that_it_was_planned_with(layout: str) -> None:
 
 
 def test_a_mode_that_switches_the_pass_off_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    options = {"use_joint_graph_passes": False}
+    options: dict[str, Any] = {"use_joint_graph_passes": False}
     torch.compile(deepseek_absorbed, backend="mla", options=options)(inputs())
     assert "use_joint_graph_passes is off" in caplog.text
 
