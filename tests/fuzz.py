@@ -84,14 +84,14 @@ def rewirings(choose: Choose) -> Rewirings:
 
 
 class Flat(nn.Module):
-    """A program of tensors, as AOTAutograd takes it."""
+    """A program of tensors, as AOTAutograd takes it: symbolic sizes are inputs as well."""
 
     def __init__(self, program: Program):
         super().__init__()
         self.program = program
 
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        return list(self.program(Inputs(*tensors)))
+    def forward(self, *values: Tensor | int) -> list[Tensor]:
+        return list(self.program(Inputs(*(x for x in values if isinstance(x, Tensor)))))
 
 
 @dataclass
@@ -112,8 +112,12 @@ class Traced(Compiled):
         dynamic = Inputs.dynamic if program.dynamic else {}
         tensors = inputs(program.sizes).to(program.dtype).tensors()
         fakes = [fake(mode, t, dynamic.get(name, ())) for name, t in tensors.items()]
+        shapes = [(t.shape, i, d) for i, t in enumerate(fakes) for d in range(t.dim())]
+        sizes = {str(n[d]): (i, d) for n, i, d in shapes if isinstance(n[d], torch.SymInt)}
+        symbols = [fakes[i].shape[d] for i, d in sizes.values()]
         with tracing(TracingContext(mode)):
-            return self.backend(Flat(program), fakes)  # type: ignore[arg-type]
+            run = self.backend(Flat(program), [*symbols, *fakes])  # type: ignore[arg-type]
+        return lambda *x: run(*(x[i].shape[d] for i, d in sizes.values()), *x)
 
 
 def fake(mode: FakeTensorMode, t: Tensor, dynamic: Sequence[int]) -> Tensor:
