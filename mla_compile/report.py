@@ -181,9 +181,10 @@ class Recorder(MLAPass):
         seen, self.seen = set(map(id, self.seen)), list(graph_breaks())
         new = [described(x) for x in self.seen if id(x) not in seen]
         before = self.report.breaks[-1:] or new[:1]
-        self.resumed = before[0] if before and resumes() else ""
-        self.ended = new[-1] if new and new[-1] != self.resumed else ""
         self.report.breaks += new
+        at = [x for x in self.report.breaks if x.partition(": ")[0].endswith(f":{resumed_line()}")]
+        self.resumed = [*before, *at][-1] if resumed_line() else ""
+        self.ended = new[-1] if new and new[-1] != self.resumed else ""
 
     def note(self, verdict: Verdict) -> None:
         super().note(verdict)
@@ -210,11 +211,11 @@ def dynamo_counts() -> Counter[str]:
     return Counter(counters["frames"]) + Counter(counters["stats"])
 
 
-def resumes() -> bool:
-    """The graph at hand begins after a graph break."""
+def resumed_line() -> str:
+    """The line of the graph break that the graph at hand begins after, or nothing."""
     tracing = TracingContext.try_get()
-    codes = [code.co_name for code in (tracing and tracing.traced_code) or []]
-    return any(name.startswith("torch_dynamo_resume_in") for name in codes)
+    names = " ".join(code.co_name for code in (tracing and tracing.traced_code) or [])
+    return "".join(re.findall(r"torch_dynamo_resume_in_\S*_at_(\d+)", names)[-1:])
 
 
 def described(reason: Any) -> str:

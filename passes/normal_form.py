@@ -302,9 +302,10 @@ class Evaluator:
     def _zeroed(self, node: Node, source: Node, index: Index) -> list[Term]:
         """Probabilities of which whole rows are set to zero; those that see nothing are anyway."""
         terms, of = self.evaluate(source, index), self.attention
-        if sees_nothing(node.args[0], of.scores, of.axis):
-            return terms
         mask = Mask(settle(node.args[0], index), source is node.args[1], 0.0)
+        empty = not mask.keep and sees_nothing(mask.leaf.node, of.scores, of.axis)
+        if empty and all(softmax.rows == rows_of(mask.leaf) for softmax in softmaxes(terms)):
+            return terms
         if mask.leaf.labels & self.time:
             detail = f"probabilities of some tokens are set to zero by {mask.leaf}"
             raise Refusal(Reason.SOFTMAX, detail, node)
@@ -317,9 +318,8 @@ class Evaluator:
         while unchanged(leaf.node) or (inverse and leaf.node.target is aten.reciprocal.default):
             inverse &= unchanged(leaf.node)
             leaf = settle(leaf.node.args[0], leaf.index)
-        rows = tuple(d.label for entry in leaf.index for d in entry if d.full)
-        for softmax in (f for t in terms for f in t.factors if isinstance(f, Softmax)):
-            if inverse or leaf.node is not self.attention.total or rows != softmax.rows:
+        for softmax in softmaxes(terms):
+            if inverse or leaf.node is not self.attention.total or rows_of(leaf) != softmax.rows:
                 added = self.attention.total in leaf.node.args
                 sinks = added and leaf.node.target is aten.add.Tensor
                 reason = Reason.SINKS if sinks else Reason.SOFTMAX
@@ -368,6 +368,15 @@ class Evaluator:
             return [softmax.times(v) for v in self.evaluate(value, (*in_value, t, column))]
 
         return self._sum([shape(key)[2]], attend, time=True)
+
+
+def softmaxes(terms: list[Term]) -> list[Softmax]:
+    return [f for t in terms for f in t.factors if isinstance(f, Softmax)]
+
+
+def rows_of(leaf: Leaf) -> tuple[Label, ...]:
+    """The labels that run over all of a dimension."""
+    return tuple(d.label for entry in leaf.index for d in entry if d.full)
 
 
 def scaling(node: Node) -> tuple[Node, Term] | None:

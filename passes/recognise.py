@@ -37,7 +37,7 @@ from mla_compile.passes.indexing import (
     splitting,
     whole,
 )
-from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term
+from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term, softmaxes
 from mla_compile.passes.paging import find_paging
 from mla_compile.passes.score import cache_term, is_constant, split_keys, split_masks, split_score
 from mla_compile.passes.site import Mask, Miss, MLASite, Reason, Refusal, span
@@ -183,7 +183,7 @@ def described(
     projected = len(latent.factors) > 1 or bool(values.factors)
     heads = weight_rows(latent.factors + values.factors, shared) if projected else frozenset()
     varying = {x for x in shared if not isinstance(x.size, int)}
-    masked = varying.union(*(m.leaf.labels for m in masks + zeroed))
+    masked = varying.union(*(m.leaf.labels for m in masks))
     queries = shared - heads if heads else shared & masked
     tokens = tuple(x for x in softmax.rows if x in queries)
     lengths, causal, masks = split_masks(masks, softmax, batch, tokens)
@@ -217,8 +217,8 @@ def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term,
 
     A row's probabilities sum up to one, so that biases are added to the output as they are.
     """
-    softmaxes = [f for t in terms for f in t.factors if isinstance(f, Softmax)]
-    time = tuple(x for softmax in set(softmaxes) for x in softmax.time)
+    found = softmaxes(terms)
+    time = tuple(x for softmax in set(found) for x in softmax.time)
     biases = {
         t: leaf
         for t in terms
@@ -226,12 +226,12 @@ def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term,
         if t.summed == {*time} and len(t.factors) == 2 and is_constant(leaf, time)
     }
     values = [t for t in terms if t not in biases]
-    alike = len({(t.scale, t.scalars) for t in terms}) == len(set(softmaxes)) == len(values) == 1
-    if not alike or len(softmaxes) != len(terms):
-        counts = f"{len(terms)} terms with {len(softmaxes)} softmaxes in all"
+    alike = len({(t.scale, t.scalars) for t in terms}) == len(set(found)) == len(values) == 1
+    if not alike or len(found) != len(terms):
+        counts = f"{len(terms)} terms with {len(found)} softmaxes in all"
         detail = f"the output is a sum of {counts}, not one and one"
         raise Refusal(Reason.SOFTMAX, detail, attention.root)
-    return softmaxes[0], values[0], tuple(biases.values())
+    return found[0], values[0], tuple(biases.values())
 
 
 def cache_leaves(terms: tuple[Term, ...], softmax: Softmax) -> Iterator[Leaf]:

@@ -82,8 +82,9 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
     sums = list(row_sums(graph))
     logs, same = logarithms(sums), twins(graph)
     found = [Normalised(n, twins=same) for n in graph.nodes if n.target in CALLS]
+    weighed = {exponential for total, exponential, _ in sums if not is_of_lse(total)}
     for total, exponential, axis in sums:
-        if any(u.target is not aten.log.default for u in total.users):  # more than an lse
+        if exponential not in weighed or not is_of_lse(total):
             scores = unshifted(exponential.args[0], axis)
             found.append(Normalised(exponential, scores, axis, total, logs, same))
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
@@ -106,6 +107,10 @@ def row_sums(graph: Graph) -> Iterator[RowSum]:
 
 def is_row_sum(node: Node) -> bool:
     return is_sum(node) and len(summed(node)) == 1
+
+
+def is_of_lse(total: Node) -> bool:
+    return all(u.target is aten.log.default for u in total.users)
 
 
 def logarithms(sums: Iterable[RowSum]) -> Logs:

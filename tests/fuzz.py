@@ -114,7 +114,7 @@ class Traced(Compiled):
         fakes = [fake(mode, t, dynamic.get(name, ())) for name, t in tensors.items()]
         shapes = [(t.shape, i, d) for i, t in enumerate(fakes) for d in range(t.dim())]
         sizes = {str(n[d]): (i, d) for n, i, d in shapes if isinstance(n[d], torch.SymInt)}
-        symbols = [fakes[i].shape[d] for i, d in sizes.values()]
+        symbols: list[Any] = [fakes[i].shape[d] for i, d in sizes.values()]
         with tracing(TracingContext(mode)):
             run = self.backend(Flat(program), [*symbols, *fakes])  # type: ignore[arg-type]
         return lambda *x: run(*(x[i].shape[d] for i, d in sizes.values()), *x)

@@ -200,6 +200,33 @@ def rows_of_probabilities_set_to_one(x: Inputs) -> Tensor:
     return attend(p.masked_fill((x.lens > 30)[:, None, None, None], 1.0), x)
 
 
+def unseen(s: Tensor) -> Tensor:
+    """Rows that see nothing, as a safe softmax tells them."""
+    return (s == -torch.inf).logical_not().any(-1, keepdim=True).logical_not()
+
+
+def rows_that_see_something_zeroed(x: Inputs) -> Tensor:
+    s = absorbed_scores(x).masked_fill(~x.visible[:, None, None], -torch.inf)
+    return attend(torch.where(unseen(s), s.softmax(-1), 0.0), x)
+
+
+def rows_zeroed_where_another_sees_nothing(x: Inputs) -> Tensor:
+    """As many heads as sequences: the condition is read transposed."""
+    heads = len(x.lens)
+    x = replace(x, q_nope=x.q_nope[:, :, :heads], q_pe=x.q_pe[:, :, :heads], w=x.w[: heads * 32])
+    s = absorbed_scores(x).masked_fill(~x.visible[:, None, None], -torch.inf)
+    p = torch.where(unseen(s), 0.0, s.softmax(-1).transpose(0, 2))
+    return torch.einsum("hsbt,btc->bshc", p, x.kv_c)
+
+
+def exponentials_beside_their_lse(x: Inputs) -> tuple[Tensor, Tensor]:
+    """What flash decoding merges."""
+    s = absorbed_scores(x)
+    top = s.amax(-1, keepdim=True)
+    e = (s - top).exp()
+    return attend(e, x), e.sum(-1, keepdim=True).log() + top
+
+
 def probabilities_head_by_head(x: Inputs) -> Tensor:
     p = absorbed_scores(x).softmax(-1)
     return torch.stack([p[:, :, n] @ x.kv_c for n in range(x.N)], 2)
@@ -538,6 +565,9 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (quantised_projection, Reason.QUANTISED),
     (probabilities_of_hidden_tokens_zeroed, Reason.SOFTMAX),
     (rows_of_probabilities_set_to_one, Reason.ESCAPE),
+    (rows_that_see_something_zeroed, Reason.ESCAPE),
+    (rows_zeroed_where_another_sees_nothing, Reason.ESCAPE),
+    (exponentials_beside_their_lse, Reason.SOFTMAX),
     (probabilities_head_by_head, Reason.SOFTMAX),
     (scores_written_head_by_head, Reason.SCORE),
     (probabilities_renormalised, Reason.SOFTMAX),

@@ -184,6 +184,21 @@ def test_a_graph_break_between_cache_and_attention_is_named(
     assert "graph break" in miss.remedy
 
 
+def cut_before_the_scores_are_read(scores: Tensor, kv: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    out: Tensor = scores.softmax(-1) @ kv
+    return out
+
+
+def test_the_graph_break_of_another_function_is_not_named() -> None:
+    torch._dynamo.reset()
+    with reporting() as found, torch.no_grad():
+        torch.compile(broken)(torch.randn(2, 3, 8), torch.randn(2, 5, 8))
+        torch.compile(cut_before_the_scores_are_read)(torch.randn(2, 3, 5), torch.randn(2, 5, 8))
+    line = cut_before_the_scores_are_read.__code__.co_firstlineno + 1
+    assert found.misses[-1].graph_break.startswith(f"{__file__}:{line}: ")
+
+
 def appended(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     q = q.sin()
     torch._dynamo.graph_break()
