@@ -180,10 +180,10 @@ class Recorder(MLAPass):
         self.report.graphs += 1
         seen, self.seen = set(map(id, self.seen)), list(graph_breaks())
         new = [described(x) for x in self.seen if id(x) not in seen]
-        before = self.report.breaks[-1:] or new[:1]
+        before, line = self.report.breaks[-1:] or new[:1], resumed_line()
         self.report.breaks += new
-        at = [x for x in self.report.breaks if x.partition(": ")[0].endswith(f":{resumed_line()}")]
-        self.resumed = [*before, *at][-1] if resumed_line() else ""
+        at = [x for x in self.report.breaks if x.partition(": ")[0].endswith(f":{line}")]
+        self.resumed = ["", *before, *at][-1] if line else ""
         self.ended = new[-1] if new and new[-1] != self.resumed else ""
 
     def note(self, verdict: Verdict) -> None:

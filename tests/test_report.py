@@ -231,6 +231,21 @@ def test_a_reset_forgets_no_graph_break() -> None:
     assert len(found.breaks) == 2
 
 
+def test_a_report_may_begin_behind_a_graph_break() -> None:
+    factors = [2.0]
+
+    def scaled(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x * factors[0]
+
+    torch._dynamo.reset()
+    torch.compile(scaled)(torch.ones(3))
+    factors[0] = 3.0
+    with reporting() as found:
+        assert torch.compile(scaled)(torch.ones(3)).tolist() == [3.0] * 3
+    assert (found.graphs, found.breaks) == (1, [])
+
+
 def test_nothing_that_explain_compiled_is_left_after_an_error() -> None:
     def fail(out: Tensor) -> None:
         raise KeyError

@@ -56,7 +56,7 @@ def softmax_by_a_reciprocal(x: Inputs) -> Tensor:
 
 
 def softmax_zeroed_where_nothing_is_seen(x: Inputs) -> Tensor:
-    """FlashAttention's reference, at its own words: a row that sees no token is zero."""
+    """FlashAttention's reference: a row that sees no token is zero."""
     hidden = ~x.visible[:, None, None]
     p = scores(x).softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
     return up(weighed(p, x), x)
