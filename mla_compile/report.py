@@ -108,9 +108,8 @@ class Report:
             counts = f"{len(self.sites)} attention(s) rewritten, {len(self.misses)} left alone"
             return f"{counts}, {self.graphs} graph(s), {len(self.breaks)} graph break(s){python}"
         if self.unseen:
-            how = "in another thread, by another backend, in a mode without joint graph passes"
-            hook = "with a joint_custom_pre_pass that somebody set"
-            return f"what was compiled was compiled without the pass: {how} or {hook}{python}"
+            how = "another thread, backend or joint_custom_pre_pass, or a mode without these passes"
+            return f"what was compiled was compiled without the pass: {how}{python}"
         if self.skipped:
             how = "take graph breaks out of loops, `with` and `try`"
             return f"nothing was compiled{python}: {how}; TORCH_LOGS=graph_breaks names them"
