@@ -287,7 +287,7 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
 
     node, path = softmax.node, [softmax.node]
     if node.target is FLEX_ATTENTION:
-        raise Refusal(Reason.FLEX, "nobody reads a score_mod and a mask_mod")
+        raise Refusal(Reason.FLEX, "a score_mod and a mask_mod are not read")
     if softmax.scores is None:
         used = [u for u in node.users if u.users]
         if [u.args[1] for u in used] != [0]:

@@ -57,9 +57,9 @@ def softmax_by_a_reciprocal(x: Inputs) -> Tensor:
 
 def softmax_zeroed_where_nothing_is_seen(x: Inputs) -> Tensor:
     """FlashAttention's reference: a row that sees no token is zero."""
-    hidden = ~x.visible[:, None, None]
-    p = scores(x).softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    return up(weighed(p, x), x)
+    hidden = ~(x.visible & (x.lens > 30)[:, None])[:, None, None]
+    p = wide(absorbed_scores(x)).masked_fill(hidden, float("-inf")).softmax(-1)
+    return up(weighed(p.masked_fill(hidden.all(-1, keepdim=True), 0.0), x), x)
 
 
 def softmax_zeroed_for_finished_sequences(x: Inputs) -> Tensor:
