@@ -18,6 +18,7 @@ from mla_compile.reference import mla_decode_reference
 from mla_compile.validate import (
     check_dtypes,
     check_out,
+    check_rank,
     check_tensors,
     output_dtype,
     validate,
@@ -38,6 +39,8 @@ _AITER = (
     "float logit_cap=0.0, SymInt? num_kv_splits=None, *, SymInt? page_size=None, "
     "SymInt nhead_kv=1, Tensor? q_scale=None, Tensor? kv_scale=None, bool causal=True"
 )
+
+_AITERS_NAMES = {"k_scale": "kv_scale", "kv_c": "kv_buffer", "q_nope": "q", "out": "o"}
 
 # Rows are of consecutive features: Inductor must not choose other strides.
 _TAGS = (torch.Tag.needs_exact_strides,)
@@ -87,7 +90,8 @@ def _run_cpu(
     call = validate(*inputs, **options, out=out, lse=lse, workspace=workspace)
     fresh_out, fresh_lse = _empty_outputs(call.q_nope)
     out, lse = fresh_out if out is None else out, fresh_lse if lse is None else lse
-    mla_decode_reference(call, out, lse)
+    with torch.autocast("cpu", enabled=False):
+        mla_decode_reference(call, out, lse)
     return out, lse
 
 
@@ -115,6 +119,9 @@ def _register(key: str, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
         workspace: Tensor | None = None,
         **options: Any,
     ) -> None:
+        if out is None or lse is None:
+            name = "out" if out is None else "lse"
+            refuse(name, "a tensor to write to", None, "mla_decode allocates both.")
         run((q_nope, q_pe, kv_c, k_pe, sm_scale), options, out, lse, workspace)
 
     def decode_fwd(
@@ -154,7 +161,11 @@ def _register(key: str, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
             "k_scale": kv_scale,
             "num_kv_splits": num_kv_splits,
         }
-        return run((q_nope, q_pe, kv_c, k_pe, scale), options, o)[1]
+        try:
+            return run((q_nope, q_pe, kv_c, k_pe, scale), options, o)[1]
+        except ValueError as error:
+            ours, _, rest = str(error).partition(":")
+            raise ValueError(f"{_AITERS_NAMES.get(ours, ours)}:{rest}") from None
 
     _library.impl("mla_decode", decode, key)
     _library.impl("mla_decode_out", decode_out, key)
@@ -168,9 +179,7 @@ def _check_fused(q: Tensor, kv_buffer: Tensor, o: Tensor) -> None:
         ("kv_buffer", kv_buffer, "[pages, page_size, 1, Lkv + R]"),
         ("o", o, "[T, N, Lkv]"),
     ):
-        rank = 4 if name == "kv_buffer" else 3
-        if tensor.dim() != rank:
-            refuse(name, f"{rank} dims {shape}", list(tensor.shape), f"View it as {shape}.")
+        check_rank(name, tensor, shape)
     check_dtypes("q", q, "kv_buffer", kv_buffer)
 
 
@@ -210,6 +219,7 @@ def mla_decode(
     kv_last_page_lens, by block_table and seq_lens, or dense; qo_indptr and max_seqlen_q; causal;
     attn_mask and mask_fill; logit_cap; q_scale and k_scale; num_kv_splits, equally many for each
     sequence, None to choose: on Hopper and CDNA by the lengths, so that all units have as much.
+    There is no backward.
 
     >>> q, cache = torch.randn(2, 4, 48), torch.randn(2, 100, 48)  # 2 sequences of 100 tokens
     >>> out, lse = mla_decode(q[..., :32], q[..., 32:], cache[..., :32], cache[..., 32:], 0.1)

@@ -111,12 +111,13 @@ class _Mask:
             return slice(0, length)
         bias = self.values
         if bias.dtype == torch.bool:
-            bias = torch.where(bias, 0.0, self.fill)
-        ordinary = bias > HIDDEN
+            bias = bias.new_full(bias.shape, self.fill, dtype=torch.float32).masked_fill_(bias, 0.0)
+        visible = bias > -math.inf
         if self.causal is not None:
-            ordinary = ordinary & self.causal[..., : bias.shape[2]]
+            visible = visible & self.causal[..., : bias.shape[2]]
+        ordinary = visible & (bias > HIDDEN)
         # A row that has nothing but finite fills averages over them.
-        read = ordinary if bool(ordinary.any(2).all()) else bias > -math.inf
+        read = ordinary if bool(ordinary.any(2).all()) else visible
         seen = read.flatten(0, 1).any(0).nonzero().squeeze(1)
         if seen.numel() == 0:
             return slice(0, 0)

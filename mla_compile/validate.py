@@ -23,6 +23,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 INDICES = (torch.int32, torch.int64)
 MAX_SPLITS = 256  # the combine kernel holds one weight per split in registers
+FP32 = torch.finfo(torch.float32)
+MAX_CAP = 1e30  # times a tanh, or a score over it, stays within fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,12 @@ def validate(
         dims=dims,
         q_nope=q_nope,
         q_pe=q_pe,
-        cache=cache if kv_c.shape[1] else _without_tokens(cache),
+        cache=cache,
         sm_scale=sm_scale,
         qo_indptr=qo_indptr,
         causal=causal and max_seqlen_q > 1,
-        mask=mask if kv_c.shape[1] else None,
-        mask_fill=-math.inf if mask_fill is None else mask_fill,
+        mask=mask,
+        mask_fill=_as_fp32(mask_fill),
         logit_cap=logit_cap,
         q_scale=q_scale,
         k_scale=k_scale,
@@ -116,13 +118,19 @@ def check_tensors(q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> N
         ("kv_c", kv_c, "[pages, page_size, Lkv]"),
         ("k_pe", k_pe, "[pages, page_size, R]"),
     ):
-        if tensor.dim() != 3:
-            refuse(name, f"3 dims {shape}", f"shape {list(tensor.shape)}", f"View it as {shape}.")
+        check_rank(name, tensor, shape)
     check_dtypes("q_nope", q_nope, "kv_c", kv_c)
     if q_pe.dtype != q_nope.dtype:
         refuse("q_pe", f"q_nope's dtype {q_nope.dtype}", q_pe.dtype, "Cast q_pe.")
     if k_pe.dtype != kv_c.dtype:
         refuse("k_pe", f"kv_c's dtype {kv_c.dtype}", k_pe.dtype, "Keep both caches in one dtype.")
+
+
+def check_rank(name: str, tensor: Tensor | None, shape: str) -> None:
+    rank = shape.count(",") + 1
+    if tensor is None or tensor.dim() != rank:
+        got = None if tensor is None else f"shape {list(tensor.shape)}"
+        refuse(name, f"{rank} dims {shape}", got, f"View it as {shape}.")
 
 
 def check_dtypes(q_name: str, q: Tensor, kv_name: str, kv: Tensor) -> None:
@@ -232,13 +240,6 @@ def _paging(
     return PagedKV(kv_c, k_pe, B, kv_indices, kv_indptr, kv_last_page_lens)
 
 
-def _without_tokens(cache: PagedKV) -> PagedKV:
-    """A dense cache of no tokens as one of lengths zero: kernels divide by page_size."""
-    kv_c, k_pe = (t.new_empty((cache.B, 1, t.shape[2])) for t in (cache.kv_c, cache.k_pe))
-    lens = torch.zeros(cache.B, dtype=torch.int32, device=kv_c.device)
-    return PagedKV(kv_c, k_pe, cache.B, None, None, lens)
-
-
 def _check_index(name: str, tensor: Tensor, device: torch.device, rank: int = 1) -> None:
     if tensor.dim() != rank:
         refuse(name, f"{rank} dim(s)", f"shape {list(tensor.shape)}", "Flatten or unsqueeze it.")
@@ -303,15 +304,22 @@ def _check_mask(
     return mask.expand(*wanted, columns)
 
 
+def _as_fp32(mask_fill: float | None) -> float:
+    if mask_fill is None or mask_fill == -math.inf:
+        return -math.inf
+    return max(mask_fill, FP32.min)
+
+
 def _check_scalars(
     sm_scale: float, mask_fill: float | None, logit_cap: float, num_kv_splits: int | None
 ) -> None:
-    if not math.isfinite(sm_scale):
-        refuse("sm_scale", "a finite float", sm_scale, "Usually 1/sqrt(P + R) of the model.")
-    if mask_fill is not None and not mask_fill < math.inf:
-        refuse("mask_fill", "a finite float, -inf or None", mask_fill, "None hides masked keys.")
-    if not 0.0 <= logit_cap < math.inf:
-        refuse("logit_cap", "0 (off) or a positive finite float", logit_cap, "Pass 0.0 for none.")
+    if not abs(sm_scale) <= FP32.max:
+        refuse("sm_scale", "a finite float32", sm_scale, "Usually 1/sqrt(P + R) of the model.")
+    if mask_fill is not None and not mask_fill <= FP32.max:
+        refuse("mask_fill", "a finite float32, -inf or None", mask_fill, "None hides masked keys.")
+    if logit_cap != 0 and not 1 / MAX_CAP <= logit_cap <= MAX_CAP:
+        within = f"0 (off) or a float from {1 / MAX_CAP} to {MAX_CAP}"
+        refuse("logit_cap", within, logit_cap, "Pass 0.0 for none.")
     if num_kv_splits is not None and not 1 <= num_kv_splits <= MAX_SPLITS:
         refuse("num_kv_splits", f"1..{MAX_SPLITS} or None", num_kv_splits, "None chooses.")
 
@@ -363,6 +371,8 @@ def check_out(
         _refuse_device(name, tensor, device)
     if tensor.stride(-1) != 1 and shape[-1] > 1:
         refuse(name, "stride 1 in the last dim", tensor.stride(), f"Allocate {name} contiguous.")
+    if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), shape, strict=True)):
+        refuse(name, "a place for each element", tensor.stride(), f"Allocate {name} contiguous.")
 
 
 def _refuse_device(name: str, tensor: Tensor, device: torch.device) -> NoReturn:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.kernels.config import FALLBACK, FULL, GLUON, HALF, Config, workspace_numel
-from mla_compile.kernels.decode import _device, launch
+from mla_compile.kernels.decode import _device, decode, launch
 from mla_compile.validate import validate
 from tests.cases import CASES, Case, Problem, assert_right, build, outputs
 
@@ -159,6 +159,41 @@ def test_strided_output_and_oversized_workspace(device: str) -> None:
     launch(validate(*problem.args, **problem.options), out, lse, 3, workspace)
     assert_right(problem, out, lse)
     assert bool(wide[:, 1::2].isnan().all()) and bool(wide[..., Lkv:].isnan().all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("Lkv, R, dtype", [(32, 16, torch.float32), (512, 64, torch.bfloat16)])
+def test_a_cache_without_tokens(device: str, Lkv: int, R: int, dtype: torch.dtype) -> None:
+    q, cache = (torch.randn(3, n, Lkv + R, dtype=dtype, device=device) for n in (64, 0))
+    args = (q[..., :Lkv], q[..., Lkv:], cache[..., :Lkv], cache[..., Lkv:], 0.1)
+    out, lse = decode(args, {})
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("Lkv, R, dtype", [(32, 16, torch.float32), (512, 64, torch.bfloat16)])
+def test_a_nan_in_a_query_is_in_its_lse(
+    device: str, splits: int, Lkv: int, R: int, dtype: torch.dtype
+) -> None:
+    problem = build(Case("nan", (512,), 2, 16, Lkv, R, dtype, num_kv_splits=splits)).to(device)
+    problem.args[0][0, 5, 0] = math.nan
+    out, lse = run(problem, device)
+    for found in (out[..., 0], lse):
+        assert found[0, 5].isnan() and found.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_further_apart_than_32_bits_tell(device: str) -> None:
+    buffer = torch.empty(128, 353000, 48, dtype=torch.float16, device=device)
+    q, cache = buffer.transpose(0, 1)[:2], torch.randn(2, 20, 48, device=device).half()
+    q.normal_()
+
+    def halves(q: Tensor) -> tuple[Any, ...]:
+        return q[..., :32], q[..., 32:], cache[..., :32], cache[..., 32:], 0.1
+
+    for far, near in zip(decode(halves(q), {}), decode(halves(q.contiguous()), {}), strict=True):
+        assert torch.equal(far, near)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -62,6 +62,33 @@ def test_nobody_sees_an_empty_cache(device: str) -> None:
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fill_below_all_floats_is_a_low_one(device: str) -> None:
+    problem = build(Case("low", paging="dense", mask="nothing", mask_fill=-1e9)).to(device)
+    average = mla_compile.mla_decode(*problem.args, **problem.options)
+    low = mla_compile.mla_decode(*problem.args, **problem.options | {"mask_fill": -1e300})
+    torch.testing.assert_close(low[0], average[0])
+
+
+def test_a_mask_means_the_same_under_any_default_dtype() -> None:
+    problem = build(Case("default", paging="dense", mask="nothing", mask_fill=-1e9))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        out, lse = mla_compile.mla_decode(*problem.args, **problem.options)
+    finally:
+        torch.set_default_dtype(before)
+    assert_right(problem, out, lse)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_nothing(device: str) -> None:
+    problem = build(Case("autocast", dtype=torch.float32)).to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out, lse = mla_compile.mla_decode(*problem.args, **problem.options)
+    assert_right(problem, out, lse)
+
+
 def test_an_empty_cache_has_no_lengths() -> None:
     q, cache = torch.randn(3, 16, 48), torch.randn(3, 0, 48)
     args = q[..., :32], q[..., 32:], cache[..., :32], cache[..., 32:], 0.1

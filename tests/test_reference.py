@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -27,6 +29,16 @@ def test_blocks_of_keys_do_not_show(
     out, lse = outputs(problem)
     reference.mla_decode_reference(validate(*problem.args, **problem.options), out, lse)
     assert_right(problem, out, lse)
+
+
+def test_a_key_that_only_a_later_query_may_see_is_not_read() -> None:
+    q, cache = torch.randn(2, 1, 48), torch.randn(1, 2, 48)
+    cache[0, 1] = math.nan
+    mask = torch.tensor([0.0, -math.inf]).view(1, 1, 2, 1).expand(-1, -1, -1, 2)
+    args = q[..., :32], q[..., 32:], cache[..., :32], cache[..., 32:], 0.1
+    out, lse = torch.ops.mla_compile.mla_decode(*args, max_seqlen_q=2, attn_mask=mask)
+    assert torch.equal(out[0, 0], cache[0, 0, :32]) and lse[0].isfinite().all()
+    assert (out[1] == 0).all() and lse[1] == -math.inf
 
 
 def test_fp64_is_computed_in_fp64() -> None:

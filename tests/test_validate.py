@@ -60,6 +60,7 @@ def made(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[dict[str,
 
 NAN, INF = math.nan, math.inf
 LAYOUT: list[tuple[str, str, str, Any]] = [  # what is wrong, paging, the argument, its bad value
+    *[(f"no {name}", "csr", name, None) for name in ("q_nope", "q_pe", "kv_c", "k_pe")],
     ("q_nope of rank 2", "csr", "q_nope", like("q_nope", lambda t: t[0])),
     ("q_nope of int", "csr", "q_nope", like("q_nope", lambda t: t.int())),
     ("q_nope of another dtype than the cache", "csr", "q_nope", like("q_nope", Tensor.bfloat16)),
@@ -108,10 +109,14 @@ LAYOUT: list[tuple[str, str, str, Any]] = [  # what is wrong, paging, the argume
     ("attn_mask narrower than the table", "table", "attn_mask", made(1, 1, 1, 2 * PAGE - 1)),
     ("mask_fill of NaN", "whole", "mask_fill", NAN),
     ("mask_fill of infinity", "whole", "mask_fill", INF),
+    ("mask_fill above all floats", "whole", "mask_fill", 1e39),
     ("sm_scale of NaN", "csr", "sm_scale", NAN),
     ("sm_scale of infinity", "csr", "sm_scale", INF),
+    ("sm_scale above all floats", "csr", "sm_scale", 1e39),
     ("logit_cap of NaN", "csr", "logit_cap", NAN),
     ("logit_cap below zero", "csr", "logit_cap", -1.0),
+    ("logit_cap near all floats", "csr", "logit_cap", 3e38),
+    ("logit_cap near zero", "csr", "logit_cap", 1e-42),
     ("q_scale of bf16", "csr", "q_scale", made(1, dtype=torch.bfloat16)),
     ("k_scale per head", "csr", "k_scale", made(N)),
     ("num_kv_splits of none", "csr", "num_kv_splits", 0),
@@ -119,6 +124,7 @@ LAYOUT: list[tuple[str, str, str, Any]] = [  # what is wrong, paging, the argume
     ("out of another shape", "csr", "out", made(B, N, LKV + 1)),
     ("out of another dtype", "csr", "out", made(B, N, LKV, dtype=torch.bfloat16)),
     ("out strided in its last dim", "csr", "out", like("out", lambda t: t.mT.contiguous().mT)),
+    ("out of one token for all", "csr", "out", like("out", lambda t: t[:1].expand(B, -1, -1))),
     ("lse of another shape", "csr", "lse", made(N, B)),
     ("lse of bf16", "csr", "lse", made(B, N, dtype=torch.bfloat16)),
     ("lse transposed", "csr", "lse", like("lse", lambda t: t.T.contiguous().T)),
@@ -207,6 +213,12 @@ def test_another_device_is_refused(name: str, device: str) -> None:
         decode(**call)
 
 
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_nothing_to_write_to(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor"):
+        OPS.mla_decode_out(**good("csr", "cpu") | {name: None})
+
+
 def test_mask_fill_beside_an_additive_mask() -> None:
     call = good("whole", "cpu") | {"attn_mask": torch.zeros(1, 1, 1, PAGE), "mask_fill": -1.0}
     refused(call, "mask_fill", "mask_fill")
@@ -248,13 +260,16 @@ def aiter(device: str = "cpu") -> dict[str, Any]:
 
 AITER: list[tuple[str, str, Any]] = [
     ("an int in 9th place", "sm_scale", 1),
+    ("no q", "q", None),
     ("q of rank 2", "q", like("q", lambda t: t[0])),
     ("q of another dtype", "q", like("q", Tensor.half)),
     ("q strided in its last dim", "q", like("q", lambda t: t.mT.contiguous().mT)),
     ("kv_buffer of rank 3", "kv_buffer", like("kv_buffer", lambda t: t[:, :, 0])),
+    ("kv_buffer with empty pages", "kv_buffer", like("kv_buffer", lambda t: t[:, :0])),
     ("kv_buffer narrower than q", "kv_buffer", like("kv_buffer", lambda t: t[..., 1:])),
     ("kv_buffer of two heads", "kv_buffer", like("kv_buffer", lambda t: t.expand(-1, -1, 2, -1))),
     ("two KV heads", "nhead_kv", 2),
+    ("kv_scale per head", "kv_scale", lambda _: torch.ones(N)),
     ("another page size than the buffer's", "page_size", 1),
     ("o wider than q", "o", lambda _: torch.full((B, N, LKV + R + 1), 7.0)),
     ("o of other heads", "o", lambda _: torch.full((B, N + 1, LKV), 7.0)),

@@ -290,5 +290,5 @@ def store_sums(ptr, m_i, l_i, block, num_splits, N, SPLIT, BLOCK_M, LAYOUT: gl.c
         gl.store(part, m_i, mask=mine)
         gl.store(part + 1, l_i, mask=mine)
     else:
-        lse = gl.where(l_i > 0, (m_i + gl.log2(l_i)) * LN2, float("-inf"))
+        lse = gl.where(l_i == 0, float("-inf"), (m_i + gl.log2(l_i)) * LN2)
         gl.store(ptr + rows, lse, mask=mine)

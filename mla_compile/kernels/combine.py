@@ -90,11 +90,11 @@ def _store(
     out_ptr, lse_ptr, merged, row, real, cols, stride_ot, stride_on, N: tl.constexpr, LKV, LSE
 ):
     out, total, m = merged
-    safe = tl.where(total > 0, total, 1.0)
+    safe = tl.where(total == 0, 1.0, total)
     at = (row // N * stride_ot + row % N * stride_on)[:, None] + cols[None, :]
     mask = real[:, None] & (cols < LKV)[None, :]
     tl.store(out_ptr + at, (out / safe[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    lse = tl.where(total > 0, (m + tl.log2(safe)) * LN2, float("-inf"))
+    lse = tl.where(total == 0, float("-inf"), (m + tl.log2(safe)) * LN2)
     tl.store(lse_ptr + row, lse, mask=real & LSE)
 
 

@@ -207,7 +207,7 @@ def split_kernel(
     row_ok = rows < sq * N
     rows = tl.minimum(rows, sq * N - 1)
     token = rows // N  # [BLOCK_M], within the sequence
-    head = rows % N
+    head = (rows % N).to(tl.int64)
     query = q_start + token.to(tl.int64)  # [BLOCK_M], within T
 
     if table_ptr is None:
@@ -330,7 +330,7 @@ def split_kernel(
             acc = tl.dot(p.to(COMPUTE), kv, acc, input_precision="ieee")
             m_i = m_new
 
-    l_safe = tl.where(l_i > 0, l_i, 1.0)
+    l_safe = tl.where(l_i == 0, 1.0, l_i)
     acc *= (v_scale / l_safe)[:, None]
     cols = tl.arange(0, BLOCK_L)
     out_rows = query * stride_ot + head * stride_on + split.to(tl.int64) * stride_os
@@ -344,5 +344,5 @@ def split_kernel(
         tl.store(part, m_i, mask=row_ok)
         tl.store(part + 1, l_i, mask=row_ok)
     else:
-        lse = tl.where(l_i > 0, (m_i + tl.log2(l_safe)) * LN2, float("-inf"))
+        lse = tl.where(l_i == 0, float("-inf"), (m_i + tl.log2(l_safe)) * LN2)
         tl.store(lse_ptr + query * N + head, lse, mask=row_ok)
