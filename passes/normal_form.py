@@ -269,7 +269,8 @@ class Evaluator:
     def _masked(self, node: Node, index: Index) -> list[Term] | None:
         """where(condition, scores, fill), or the additive mask where(condition, 0, fill).
 
-        In a part of the scores, only a fill that absorbs the others hides a token.
+        In a part of the scores, only a fill that absorbs the others hides a token.  An additive
+        mask with such a fill is one itself.
         """
         condition, *branches = node.args
         for keep, (kept, other) in ((True, branches), (False, branches[::-1])):
@@ -282,7 +283,10 @@ class Evaluator:
             leaf = settle(condition, index)
             mask = Term((Mask(leaf, keep, fill, addend=self.addend),))
             if constant(kept) is None and (absorbs or not self.addend):
-                return [*self.evaluate(kept, index, Context.SCORE), mask]
+                terms = self.evaluate(kept, index, Context.SCORE)
+                masks = all(isinstance(f, Mask) for t in terms for f in t.factors)
+                additive = self.addend and not masks and not any(t.summed for t in terms)
+                return None if additive else [*terms, mask]
             if constant(kept) == 0 and absorbs and self.addend:
                 return [mask]
         return None

@@ -26,6 +26,7 @@ from mla_compile.passes.graph import (
     reached,
     readers,
     shape,
+    strip,
 )
 from mla_compile.passes.indexing import (
     Index,
@@ -255,10 +256,13 @@ def why_no_latent(leaves: list[Leaf], tokens: Size) -> Refusal:
 
     for leaf in leaves:
         for node in reached(leaf.node, sources):
-            if any(word in str(node.target) for word in QUANTISED):
+            of_product = node.target in CONTRACTIONS
+            operands = [strip(x, RENAMES) for x in node.args if of_product and is_tensor(x)]
+            integers = any(dtype(x) not in FLOATS for x in operands)
+            if integers or any(word in str(node.target) for word in QUANTISED):
                 detail = f"{leaf.node.name} comes from {node.name} ({node.target})"
                 return Refusal(Reason.QUANTISED, detail, node)
-            if node.target in CONTRACTIONS:
+            if operands:
                 detail = f"{leaf.node.name} ({leaf.node.target}) is between the projection and them"
                 return Refusal(Reason.BETWEEN, detail, leaf.node)
     detail = "keys or values have a row for every head and query"

@@ -41,14 +41,18 @@ class Reason(enum.Enum):
         "keep the numbers of heads and features static, and bound that of queries where the cache "
         "is expanded: torch._dynamo.mark_dynamic(x, dim, min=2, max=8); the others may vary"
     )
-    DTYPE = "keep the cache in bfloat16, float16 or float32, and use the output in that type"
+    DTYPE = (
+        "keep the caches in one of bfloat16, float16 and float32, and compute and use the output "
+        "in that type (cast the model instead of autocast)"
+    )
     SINKS = "the op has no sinks: an extra column under the softmax cannot be kept"
     BETWEEN = (
-        "put nothing but W_UK and W_UV between the latent and the keys and values; "
-        "rotate rope dimensions apart"
+        "put nothing but W_UK and W_UV between the latent and the keys and values (merge adapters "
+        "into them); rotate rope dimensions apart"
     )
     QUANTISED = (
-        "keep kv_b_proj in a floating type, so that it can be absorbed into query and output"
+        "keep kv_b_proj in a floating type, or dequantise it before it is multiplied, so that it "
+        "can be absorbed into query and output"
     )
     FLEX = 'use eager or sdpa attention (attn_implementation="sdpa") instead of flex_attention'
     NO_QUERY = "nothing to do: this softmax is of no queries times keys, hence no attention"

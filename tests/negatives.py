@@ -308,6 +308,15 @@ def nonlinear_expansion(x: Inputs) -> Tensor:
     return ((q @ F.silu(k).mT) * SCALE).softmax(-1) @ v
 
 
+def adapter_beside_the_projection(x: Inputs) -> Tensor:
+    """LoRA that is not merged."""
+    B, Skv, _ = x.kv_c.shape
+    kv = F.linear(x.kv_c, x.w) + 2 * F.linear(F.linear(x.kv_c, x.w[:4]), x.w[:, :4])
+    k, v = kv.view(B, Skv, x.N, 32).transpose(1, 2).split([16, 16], -1)
+    out: Tensor = (x.q_nope.transpose(1, 2) @ k.mT * SCALE).softmax(-1) @ v
+    return out
+
+
 def expansion_with_a_bias_for_each_token(x: Inputs) -> Tensor:
     q, k, v = expand(x)
     return ((q @ k.mT) * SCALE).softmax(-1) @ (v + x.kv_c[:, None, :, :16])
@@ -481,6 +490,16 @@ def quantised_projection(x: Inputs) -> Tensor:
     return out
 
 
+def projection_dequantised_after_the_product(x: Inputs) -> Tensor:
+    """Weight-only int8 as torchao and gpt-fast apply it."""
+    B, Skv, _ = x.kv_c.shape
+    scale = x.w.abs().amax(1) / 127
+    kv = F.linear(x.kv_c, (x.w / scale[:, None]).round().to(torch.int8).to(x.w.dtype)) * scale
+    k, v = kv.view(B, Skv, x.N, 32).transpose(1, 2).split([16, 16], -1)
+    out: Tensor = (x.q_nope.transpose(1, 2) @ k.mT * SCALE).softmax(-1) @ v
+    return out
+
+
 def padded(x: Inputs, fill: float) -> Tensor:
     q, k, v = expand(x)
     return ((q @ k.mT) * SCALE).softmax(-1) @ F.pad(v, [0, 8], value=fill)
@@ -563,6 +582,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (values_of_other_pages, Reason.VALUE),
     (values_of_slots_in_another_order, Reason.VALUE),
     (quantised_projection, Reason.QUANTISED),
+    (projection_dequantised_after_the_product, Reason.QUANTISED),
     (probabilities_of_hidden_tokens_zeroed, Reason.SOFTMAX),
     (rows_of_probabilities_set_to_one, Reason.ESCAPE),
     (rows_that_see_something_zeroed, Reason.ESCAPE),
@@ -582,6 +602,7 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (prefill, Reason.PREFILL),
     (positions_between_latent_and_keys, Reason.BETWEEN),
     (nonlinear_expansion, Reason.BETWEEN),
+    (adapter_beside_the_projection, Reason.BETWEEN),
     (expansion_with_a_bias_for_each_token, Reason.BETWEEN),
     (biased_keys_under_a_soft_cap, Reason.SCORE),
     (biased_keys_beside_a_finite_fill, Reason.SCORE),

@@ -90,18 +90,19 @@ def test_every_mla_layer_is_rewritten_or_refused_as_listed(name: str, case: Case
 
 # The template of most, one with an indexer, and a hybrid with linear attention.
 @pytest.mark.parametrize(
-    "name",
+    "name, attention",
     [
-        "deepseek_v3",
-        pytest.param("deepseek_v32", marks=pytest.mark.extra),
-        pytest.param("kimi_linear", marks=pytest.mark.extra),
+        ("deepseek_v3", "sdpa"),
+        pytest.param("deepseek_v32", "sdpa", marks=pytest.mark.extra),
+        pytest.param("deepseek_v32", "eager", marks=pytest.mark.extra),
+        pytest.param("kimi_linear", "sdpa", marks=pytest.mark.extra),
     ],
 )
 @torch.no_grad()
-def test_generate_with_a_static_cache_takes_the_pass_by_enable(name: str) -> None:
+def test_generate_with_a_static_cache_takes_the_pass_by_enable(name: str, attention: str) -> None:
     if why := missing(name):
         pytest.skip(why)
-    lm = build(name, "sdpa")
+    lm = build(name, attention)
     ids = PROMPT.clone()
     ids[1, :4] = lm.config.pad_token_id
     arguments = {

@@ -25,6 +25,14 @@ def expanded_eager_additive_mask_input(x: Inputs) -> Tensor:
     return torch.matmul(s.softmax(-1, dtype=torch.float32).to(q.dtype), v).transpose(1, 2)
 
 
+def expanded_eager_additive_mask_filled_again(x: Inputs) -> Tensor:
+    """An indexer hides more tokens than the mask that is handed in."""
+    q, k, v = expand(x)
+    mask = x.bias.to(q.dtype).masked_fill(~x.keep, torch.finfo(q.dtype).min)
+    s = torch.matmul(q, k.transpose(2, 3)) * SCALE + mask
+    return torch.matmul(s.softmax(-1, dtype=torch.float32).to(q.dtype), v).transpose(1, 2)
+
+
 def expanded_eager_length_mask(x: Inputs) -> Tensor:
     q, k, v = expand(x)
     low = torch.finfo(q.dtype).min
