@@ -131,6 +131,24 @@ def constant(value: Any) -> float | None:
     return float(torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype(value)))
 
 
+def cast_of(node: Node) -> Node | None:
+    """What the node is in another floating type, if it is that."""
+    if node.target not in CASTS | {aten.copy.default}:
+        return None
+    source = node.args[int(node.target is aten.copy.default)]
+    return source if dtype(source) in FLOATS and dtype(node) in FLOATS else None
+
+
+def rounds(node: Node) -> bool:
+    """It is cast to a type that does not hold all that it is cast from."""
+    source = cast_of(node)
+    return source is not None and not holds(dtype(node), dtype(source))
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    return torch.promote_types(wide, narrow) is wide
+
+
 def unchanged(node: Node) -> bool:
     """The same numbers as its input's, at most in another floating type."""
     if node.target is aten.mul.Tensor:  # as PyTorch writes 1 / x

@@ -269,7 +269,7 @@ def _slice(node: Node, index: Index) -> Read:
     dim, start = argument(node, "dim", 0), argument(node, "index" if one else "start", 0)
     size = shape(node.args[0])[dim]
     start = start + size if true(start < 0) else start
-    inside = one or (argument(node, "step", 1) == 1 and true(start <= size))
+    inside = one or (equal(argument(node, "step", 1), 1) and true(start <= size))
     return shifted(node.args[0], index, dim, start) if inside and true(start >= 0) else None
 
 
@@ -294,7 +294,7 @@ def _slice_scatter(node: Node, index: Index) -> Read:
     base, source = node.args[:2]
     dim, start = argument(node, "dim", 0) % len(index), argument(node, "start", 0)
     cast = dtype(source) is not dtype(base)
-    if cast or argument(node, "step", 1) != 1 or not true(start >= 0):
+    if cast or not equal(argument(node, "step", 1), 1) or not true(start >= 0):
         return None
     borders = [0, start, start + shape(source)[dim], shape(node)[dim]]
     return pick_part(index, dim, borders, [(base, 0), (source, start), (base, 0)])

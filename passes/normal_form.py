@@ -18,16 +18,17 @@ import torch
 from torch.fx import Node
 
 from mla_compile.passes.graph import (
-    CASTS,
     CONTRACTIONS,
     FLOATS,
     argument,
     aten,
+    cast_of,
     constant,
     dtype,
     is_scalar_tensor,
     is_sum,
     is_tensor,
+    rounds,
     shape,
     strip,
     summed,
@@ -117,7 +118,6 @@ class Evaluator:
         self.time: frozenset[Label] = frozenset()
         self.features: set[Label] = set()
         self.expanded: set[Node] = set()
-        self.rounded = False  # keys or values are, on the way to what is read
         self.addend = self.addends = 0  # which of the scores' is read, 0 for all that they are
 
     def evaluate(self, node: Node, index: Index, context: Context = Context.OPERAND) -> list[Term]:
@@ -138,7 +138,9 @@ class Evaluator:
         if dtype(node) not in FLOATS:
             return leaf
         if source := self._cast(node, index, context):
-            return self.evaluate(source, index, context)
+            terms = self.evaluate(source, index, context)
+            mask = context is Context.SCORE and not hold_scores(terms)
+            return leaf if mask and rounds(node) else terms
         if scaled := scaling(node):
             source, factor = scaled
             return [t.times(factor) for t in self.evaluate(source, index, context)]
@@ -186,18 +188,9 @@ class Evaluator:
 
     def _cast(self, node: Node, index: Index, context: Context) -> Node | None:
         """What is cast, if nothing is lost by that or the attention computes in another type."""
-        if node.target not in CASTS | {aten.copy.default}:
-            return None
-        source = node.args[int(node.target is aten.copy.default)]
-        if dtype(source) not in FLOATS:
-            return None
-        exact = torch.promote_types(dtype(source), dtype(node)) == dtype(node)
-        if exact or context is Context.SCORE:
-            return source
-        if self._stops(node, index):
-            return None
-        self.rounded |= node not in self.attention.path
-        return source
+        score = context is Context.SCORE
+        stops = not score and rounds(node) and self._stops(node, index)
+        return None if stops else cast_of(node)
 
     def _sum(self, sizes: list[Size], body: Callable[..., list[Term]], time: bool) -> list[Term]:
         """Σ over a fresh label for each size of body(*entries), again where one has to be split."""
@@ -221,7 +214,7 @@ class Evaluator:
         self.expanded.add(node)
         *added, a, b = node.args
         *batch, row, column = index
-        alpha, beta = float(argument(node, "alpha", 1)), float(argument(node, "beta", 1))
+        alpha, beta = number(node, "alpha"), number(node, "beta")
         terms = self._sum(
             [shape(a)[-1]],
             lambda k: self._product((a, (*batch, row, k)), (b, (*batch, k, column))),
@@ -250,7 +243,7 @@ class Evaluator:
     def _added(self, node: Node, index: Index, context: Context) -> list[Term] | None:
         """Parts of the scores; or a row of keys or values, and a bias that all tokens have."""
         sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-        factors = Term(()), Term((), scale=sign * float(argument(node, "alpha", 1)))
+        factors = Term(()), Term((), scale=sign * number(node, "alpha"))
         parts = list(zip(node.args, factors, strict=True))
         if context is Context.SCORE:
             parts = [(x, factor) for x, factor in parts if constant(x) != 0] or parts
@@ -285,7 +278,7 @@ class Evaluator:
             if constant(kept) is None and (absorbs or not self.addend):
                 terms = self.evaluate(kept, index, Context.SCORE)
                 masks = all(isinstance(f, Mask) for t in terms for f in t.factors)
-                additive = self.addend and not masks and not any(t.summed for t in terms)
+                additive = self.addend and not (masks or hold_scores(terms))
                 return None if additive else [*terms, mask]
             if constant(kept) == 0 and absorbs and self.addend:
                 return [mask]
@@ -378,9 +371,21 @@ def softmaxes(terms: list[Term]) -> list[Softmax]:
     return [f for t in terms for f in t.factors if isinstance(f, Softmax)]
 
 
+def hold_scores(terms: list[Term]) -> bool:
+    return any(t.summed or isinstance(f, Capped) for t in terms for f in t.factors)
+
+
 def rows_of(leaf: Leaf) -> tuple[Label, ...]:
     """The labels that run over all of a dimension."""
     return tuple(d.label for entry in leaf.index for d in entry if d.full)
+
+
+def number(node: Node, name: str) -> float:
+    """An argument that is 1 unless it is given."""
+    value = argument(node, name, 1)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        raise Refusal(Reason.DYNAMIC, f"{name} of {node.name} is {value}", node)
+    return float(value)
 
 
 def scaling(node: Node) -> tuple[Node, Term] | None:

@@ -22,9 +22,11 @@ from mla_compile.passes.graph import (
     RENAMES,
     aten,
     dtype,
+    holds,
     is_tensor,
     reached,
     readers,
+    rounds,
     shape,
     strip,
 )
@@ -162,7 +164,7 @@ def site(attention: Attention) -> tuple[MLASite, Set[Node]]:
         found = described(attention, index, stopping.evaluate(root, index), shared)
         return found, stopping.expanded
     except Refusal as refusal:
-        if refusal.reason is Reason.DTYPE or evaluator.rounded:  # to the end, casts do not round
+        if refusal.reason is Reason.DTYPE:
             raise
         with suppress(Refusal):
             return described(attention, index, terms, shared), evaluator.expanded
@@ -210,6 +212,7 @@ def described(
         softmax=attention.node,
     )
     check(found, value)
+    check_casts(found, attention.twins)
     return replace(found, paging=find_paging(found))
 
 
@@ -316,7 +319,7 @@ def check_types(found: MLASite) -> None:
         raise Refusal(Reason.DTYPE, f"the caches are {[str(dtype(n)) for n in caches]}", caches[0])
 
     def fits(node: Node) -> bool:
-        return dtype(node) in FLOATS and torch.promote_types(dtype(node), type_) is type_
+        return dtype(node) in FLOATS and holds(type_, dtype(node))
 
     rounded = not all(fits(query.node) for term in found.terms for query in term.factors)
     for log in found.lse:
@@ -329,3 +332,18 @@ def check_types(found: MLASite) -> None:
         if user.target not in CASTS or not fits(user):
             detail = f"{user.name} needs more of the output than the caches' type, {type_}"
             raise Refusal(Reason.DTYPE, detail, user)
+
+
+def check_casts(found: MLASite, twins: dict[Node, Node]) -> None:
+    """Nothing that is replaced rounds to less than the caches have, or fp32 if that is less."""
+
+    def replaced(node: Node) -> list[Node]:
+        inputs = (twins.get(x, x) for x in node.all_input_nodes)
+        return [x for x in inputs if x not in found.inputs]
+
+    type_ = dtype(found.latent.key.node)
+    for result in (found.root, *found.lse):
+        for node in filter(rounds, reached(result, replaced)):
+            if not (dtype(node) is torch.float32 or holds(dtype(node), type_)):
+                detail = f"{node.name} rounds to {dtype(node)} over a cache in {type_}"
+                raise Refusal(Reason.DTYPE, detail, node)

@@ -204,7 +204,7 @@ def affine(value: Any, index: Index, axes: tuple[Group, Group]) -> Affine | None
         if a and b and (sign > 0 or not b.terms):
             counts = a.tokens + sign * b.tokens, a.rows + sign * b.rows
             return Affine(*counts, a.terms + b.terms, a.constant + sign * b.constant)
-    if node.target is prims.iota.default and argument(node, "step") == 1:
+    if node.target is prims.iota.default and equal(argument(node, "step"), 1):
         start, entry = argument(node, "start"), leaf.index[0]
         if not entry:
             return Affine(0, 0, (), start)

@@ -38,8 +38,8 @@ class Reason(enum.Enum):
     PREFILL = "nothing to do: with this many queries expanding the cache is the cheaper way"
     LAYOUT = "keep batch, head and feature dimensions of queries, cache and weights separate"
     DYNAMIC = (
-        "keep the numbers of heads and features static, and bound that of queries where the cache "
-        "is expanded: torch._dynamo.mark_dynamic(x, dim, min=2, max=8); the others may vary"
+        "keep factors and the numbers of heads and features static, bound that of queries where "
+        "the cache is expanded: torch._dynamo.mark_dynamic(x, dim, min=2, max=8)"
     )
     DTYPE = (
         "keep the caches in one of bfloat16, float16 and float32, and compute and use the output "

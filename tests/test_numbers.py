@@ -222,10 +222,62 @@ def keys_rounded_apart_from_the_values(x: Inputs) -> Tensor:
     return (q @ k.mT * SCALE).softmax(-1) @ expand(x)[2]
 
 
+def narrowed(t: Tensor) -> Tensor:
+    return t.bfloat16().to(t.dtype)
+
+
+def scores_rounded(x: Inputs) -> Tensor:
+    return attend(narrowed(absorbed_scores(x)).softmax(-1), x)
+
+
+def lse_rounded(x: Inputs) -> Tensor:
+    s = absorbed_scores(x)
+    return attend((s - narrowed(s.logsumexp(-1, keepdim=True))).exp(), x)
+
+
+def lse_of_rounded_scores(x: Inputs) -> tuple[Tensor, Tensor]:
+    s = absorbed_scores(x)
+    return attend(s.softmax(-1), x), narrowed(s).logsumexp(-1)
+
+
+def probabilities_rounded(x: Inputs) -> Tensor:
+    return attend(narrowed(absorbed_scores(x).softmax(-1)), x)
+
+
+def weights_summed_up_rounded(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) / narrowed(e).sum(-1, keepdim=True)
+
+
+def sum_of_the_weights_rounded(x: Inputs) -> Tensor:
+    e = absorbed_scores(x).exp()
+    return attend(e, x) / narrowed(e.sum(-1, keepdim=True))
+
+
+def expanded_values_rounded(x: Inputs) -> Tensor:
+    q, k, v = expand(x)
+    return (q @ k.mT * SCALE).softmax(-1) @ narrowed(v)
+
+
+def repeated_keys_rounded(x: Inputs) -> Tensor:
+    q = torch.einsum("bshd,hdc->bhsc", x.q_nope, x.W_UK)
+    k = x.kv_c[:, None].expand(-1, x.N, -1, -1)
+    return (q @ narrowed(k).mT * SCALE).softmax(-1) @ k
+
+
 @pytest.mark.parametrize(
     "decode, dtype",
     [
         (output_cut_to_integers, torch.bfloat16),
+        (scores_rounded, torch.float32),
+        (lse_rounded, torch.float32),
+        (lse_of_rounded_scores, torch.float32),
+        (probabilities_rounded, torch.float32),
+        (probabilities_rounded, torch.float16),
+        (weights_summed_up_rounded, torch.float32),
+        (sum_of_the_weights_rounded, torch.float32),
+        (expanded_values_rounded, torch.float32),
+        (repeated_keys_rounded, torch.float32),
         (lse_in_float64, torch.float64),
         (lse_of_wider_queries, torch.bfloat16),
     ],
@@ -236,6 +288,19 @@ def test_what_the_op_cannot_give_exactly_is_left_alone(decode: Decode, dtype: to
     compiled, x = Compiled(decode), inputs().to(dtype)
     torch.testing.assert_close(compiled(x), decode(x))
     assert [miss.reason for miss in compiled.misses] == [Reason.DTYPE]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_bias_is_as_wide_as_it_is_written(dtype: torch.dtype) -> None:
+    """Slopes times distances, as ALiBi has them: in bf16 they are off by up to 1."""
+
+    def decode(x: Inputs) -> Tensor:
+        bias = (torch.arange(600.0) * torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None]).bfloat16()
+        s = wide(absorbed_scores(x)) + bias
+        return torch.einsum("bsht,btc->bshc", s.softmax(-1), wide(x.kv_c)).to(x.kv_c.dtype)
+
+    rewritten(decode, inputs(Skv=600).to(dtype))
 
 
 @torch.no_grad()
@@ -340,3 +405,32 @@ def maximum_of_higher_rank(x: Inputs) -> tuple[Tensor, Tensor]:
 def test_a_shift_counts_dimensions_as_the_scores_do(decode: Decode) -> None:
     compiled, x = Compiled(decode), inputs(B=1, Sq=48)
     torch.testing.assert_close(compiled(x), decode(x))
+
+
+def by_alpha(x: Inputs, number: float) -> Tensor:
+    k_pe = torch.bmm(x.q_pe[:, 0], x.k_pe.mT)
+    q = x.q_nope[:, 0] @ x.w[:16]
+    return (torch.baddbmm(k_pe, q, x.kv_c.mT, alpha=number) * SCALE).softmax(-1) @ x.kv_c
+
+
+def by_step(x: Inputs, number: float) -> Tensor:
+    hidden = torch.arange(0, 48 * number, number) >= 80
+    return attend(absorbed_scores(x).masked_fill(hidden, -inf).softmax(-1), x)
+
+
+@pytest.mark.parametrize("decode, rewritten", [(by_alpha, 0), (by_step, 1)])
+@torch.no_grad()
+def test_a_number_of_run_time_is_not_asked_for(
+    decode: Callable[[Inputs, float], Tensor], rewritten: int
+) -> None:
+    def run(x: Inputs, n: Tensor) -> Tensor:
+        number = n.item()
+        torch._check(number > 0)
+        torch._check(number < 5)
+        return decode(x, number)
+
+    compiled, x = Compiled(run), inputs()
+    with config.patch(capture_scalar_outputs=True):
+        result = compiled(x, torch.tensor(3))
+    torch.testing.assert_close(result, decode(x, 3))
+    assert (compiled.count(OP), len(compiled.misses)) == (rewritten, 1 - rewritten)
