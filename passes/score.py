@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import inf, isfinite, isnan
 from typing import Any
 
@@ -11,19 +10,7 @@ import torch
 from torch.fx import Node
 
 from mla_compile.passes.graph import CASTS, INTEGERS, argument, aten, dtype, is_tensor, prims
-from mla_compile.passes.indexing import (
-    Entry,
-    Group,
-    Index,
-    Label,
-    Leaf,
-    Split,
-    cut,
-    relabel,
-    settle,
-    substitute,
-    whole,
-)
+from mla_compile.passes.indexing import Digit, Group, Index, Label, Leaf, settle, substitute
 from mla_compile.passes.normal_form import SCALINGS, Capped, Factor, Softmax, Term
 from mla_compile.passes.site import CacheTerm, Lengths, Mask, Reason, Refusal, span
 from mla_compile.passes.sizes import Size, equal, true
@@ -237,7 +224,7 @@ def split_keys(
 ) -> tuple[CacheTerm, CacheTerm | None]:
     """The latent and the rope contraction."""
     pieces = [piece for term in scores for piece in cut_at_value(term, values)]
-    latents = [p for p in pieces if is_latent(p, values)]
+    latents = [p for p in pieces if element(p.key) == element(values.key)]
     ropes = [p for p in pieces if p not in latents]
     if len(latents) != 1:
         keys = ", ".join(str(p.key) for p in pieces)
@@ -254,51 +241,26 @@ def split_keys(
 
 
 def cut_at_value(term: CacheTerm, values: CacheTerm) -> list[CacheTerm]:
-    """A contraction over a cache row as several, one of them over the values' features."""
-    pieces = [term]
-    try:
-        if element(term.key)[0].node is element(values.key)[0].node:
-            cut_columns(term, values)
-        elif read := relabel(term.key.node, term.key.index):
-            pieces = cut_at_value(replace(term, key=Leaf(*read)), values)
-    except Split as split:
-        if split.label is term.feature and len(split.ways) > 1:
-            parts = [part_of(term, way) for way in split.ways]
-            pieces = [piece for part in parts for piece in cut_at_value(part, values)]
-    return pieces if any(is_latent(p, values) for p in pieces) else [term]
+    """A contraction over the values' features and, before or after them in a row, over others."""
+    width, own = term.feature.size, values.feature.size
+    for begin, end in ((0, own), (width - own, 0)) if true(width >= own) else ():
+        latent = part_of(term, Digit(values.feature, begin, width))
+        if element(latent.key) == element(values.key):
+            rest = Label(f"{term.feature}'", width - own)
+            others = [] if equal(rest.size, 0) else [part_of(term, Digit(rest, end, width))]
+            return [latent, *others]
+    return [term]
 
 
-def is_latent(term: CacheTerm, values: CacheTerm) -> bool:
-    """Its key is the value: the same element, were their features the same."""
-    key = part_of(term, whole(values.feature)).key
-    same_size = equal(term.feature.size, values.feature.size)
-    return same_size and element(key) == element(values.key)
+def part_of(term: CacheTerm, way: Digit) -> CacheTerm:
+    """A contraction over a part of its features."""
+    key, *factors = (
+        settle(x.node, substitute(x.index, term.feature, (way,))) for x in (term.key, *term.factors)
+    )
+    return replace(term, factors=tuple(factors), key=key, feature=way.label)
 
 
 def element(leaf: Leaf) -> tuple[Leaf, torch.dtype]:
     """What is read before it is cast, and to which type: autocast casts each view of a cache."""
     cast = leaf.node.target in CASTS
     return settle(leaf.node.args[0], leaf.index) if cast else leaf, dtype(leaf.node)
-
-
-def cut_columns(term: CacheTerm, values: CacheTerm) -> None:
-    """Raise Split for features before, in and after the values' columns of a fused cache row."""
-    at, here = (
-        next((d for e in element(x.key)[0].index for d in e if d.label is x.feature), None)
-        for x in (values, term)
-    )
-    if at is None or here is None or not equal(at.base, here.base):
-        return
-    begin, width = at.offset - here.offset, term.feature.size
-    sizes = [b - a for a, b in pairwise((0, begin, begin + values.feature.size, width))]
-    if all(true(n >= 0) for n in sizes) and not equal(sizes[1], width):
-        raise cut(term.feature, sizes)
-
-
-def part_of(term: CacheTerm, way: Entry) -> CacheTerm:
-    """A contraction over a part of its features."""
-    key, *factors = (
-        Leaf(x.node, substitute(x.index, term.feature, way)) for x in (term.key, *term.factors)
-    )
-    (feature,) = way
-    return replace(term, factors=tuple(factors), key=key, feature=feature.label)
