@@ -95,16 +95,6 @@ class Split(Exception):
         self.label, self.ways = label, ways
 
 
-def cut(label: Label, sizes: list[Size]) -> Split:
-    """Into consecutive parts of these sizes, a label for each that is not empty."""
-    ways = [
-        (Digit(Label(f"{label}@{begin}", n), begin, label.size),)
-        for begin, n in zip(accumulate(sizes, initial=0), sizes, strict=False)
-        if not equal(n, 0)
-    ]
-    return Split(label, ways)
-
-
 def every_label(index: Index) -> list[Label]:
     """The labels of an index and of those it is read at, as often as they are read."""
     labels = [d.label for entry in index for d in entry]
@@ -227,7 +217,9 @@ def pick_part(index: Index, dim: int, borders: list[Size], parts: list[tuple[Any
             return shifted(source, index, dim, -start)
     inside = [border for border in borders if true(low < border) and true(border < high)]
     if first.label and inside and len(parts) > 1:
-        raise cut(first.label, [b - a for a, b in pairwise((low, *inside, high))])
+        label, cuts = first.label, pairwise((low, *inside, high))
+        ways = [Digit(Label(f"{label}@{a - low}", b - a), a - low, label.size) for a, b in cuts]
+        raise Split(label, [(way,) for way in ways])
     return None
 
 
