@@ -80,12 +80,13 @@ Factor = Leaf | Softmax | Capped | Mask
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """scale · Π scalars · Σ_summed Π factors"""
+    """scale · Π scalars · Σ_summed Π factors, over the sum of the weights as often as `divided`."""
 
     factors: tuple[Factor, ...]
     summed: frozenset[Label] = frozenset()
     scale: float = 1.0
     scalars: tuple[Scalar, ...] = ()
+    divided: int = 0
 
     def times(self, other: Term) -> Term:
         return Term(
@@ -93,6 +94,7 @@ class Term:
             self.summed | other.summed,
             self.scale * other.scale,
             self.scalars + other.scalars,
+            self.divided + other.divided,
         )
 
 
@@ -129,7 +131,7 @@ class Evaluator:
             return [Term((self._softmax(index),))]
         if node.op != "call_function":
             return leaf
-        if attention.total and node in attention.path and (parts := division(node)):
+        if attention.totals and node in attention.path and (parts := division(node)):
             return self._divided(*parts, index)
         if node in attention.path and (source := unzeroed(node)):
             return self._zeroed(node, source, index)
@@ -316,13 +318,14 @@ class Evaluator:
             inverse &= unchanged(leaf.node)
             leaf = settle(leaf.node.args[0], leaf.index)
         for softmax in softmaxes(terms):
-            if inverse or leaf.node is not self.attention.total or rows_of(leaf) != softmax.rows:
-                added = self.attention.total in leaf.node.args
+            totals = self.attention.totals
+            if inverse or leaf.node not in totals or rows_of(leaf) != softmax.rows:
+                added = any(x in totals for x in leaf.node.args)
                 sinks = added and leaf.node.target is aten.add.Tensor
                 reason = Reason.SINKS if sinks else Reason.SOFTMAX
                 detail = f"the weighed values are divided by {leaf}, not the sum of their weights"
                 raise Refusal(reason, detail, self.attention.root)
-        return terms
+        return [replace(t, divided=t.divided + 1) for t in terms]
 
     def _rows(self, score: list[Term], rows: Index, time: Entry) -> Softmax:
         digits = [d for entry in rows for d in entry]

@@ -48,8 +48,7 @@ from mla_compile.passes.sizes import Size, divides, equal, true
 from mla_compile.passes.softmax import (
     Attention,
     Normalised,
-    attention_of,
-    crops,
+    attentions,
     escape,
     find_softmaxes,
     has_queries,
@@ -75,7 +74,7 @@ def recognise(graph: Graph) -> list[MLASite | Miss]:
         try:
             if training:
                 raise Refusal(Reason.TRAINING, "the graph also computes gradients")
-            sites[softmax] = judge(attention_of(softmax))
+            sites[softmax] = judge(softmax)
         except Refusal as refusal:
             if not has_queries(softmax):
                 refusal.reason = Reason.NO_QUERY
@@ -118,13 +117,13 @@ def pays(Sq: Size, Skv: Size, Lkv: Size, P: Size, V: Size, **others: Size) -> bo
     return true(Skv * saved > spent if isinstance(Skv, int) else saved > 0)  # at any long length
 
 
-def judge(attention: Attention) -> tuple[MLASite, Set[Node]]:
-    """The attention, or else a crop of it, as an MLASite, and what is expanded for it.
+def judge(softmax: Normalised) -> tuple[MLASite, Set[Node]]:
+    """The first attention that ends in an MLASite, as that, and what is expanded for it.
 
-    Raises the Refusal of the whole attention if none of them is one.
+    Raises the first Refusal if none of them does.
     """
     refusals = []
-    for part in crops(attention):
+    for part in attentions(softmax):
         try:
             return site(part)
         except Split as split:
@@ -176,9 +175,10 @@ def described(
 ) -> MLASite:
     """The one structural rule."""
     softmax, value, biases = split_value(terms, attention)
+    lse = attention.lse
     batch = tuple(x for x in softmax.rows if x not in shared)
     around = frozenset(batch + softmax.time)
-    scores, masks, logit_cap = split_score(softmax, around, bool(attention.lse))
+    scores, masks, logit_cap = split_score(softmax, around, bool(lse))
     zeroed = tuple(f for f in value.factors if isinstance(f, Mask))
     value = replace(value, factors=tuple(f for f in value.factors if f not in zeroed))
     values = cache_term(value, softmax, around)
@@ -208,7 +208,7 @@ def described(
         causal=causal,
         logit_cap=logit_cap,
         paging=None,
-        lse=attention.lse,
+        lse=lse,
         softmax=attention.node,
     )
     check(found, value)
@@ -230,10 +230,13 @@ def split_value(terms: list[Term], attention: Attention) -> tuple[Softmax, Term,
         if t.summed == {*time} and len(t.factors) == 2 and is_constant(leaf, time)
     }
     values = [t for t in terms if t not in biases]
-    alike = len({(t.scale, t.scalars) for t in terms}) == len(set(found)) == len(values) == 1
-    if not alike or len(found) != len(terms):
+    alike = {(t.scale, t.scalars, t.divided) for t in terms}
+    if not len(alike) == len(set(found)) == len(values) == 1 or len(found) != len(terms):
         counts = f"{len(terms)} terms with {len(found)} softmaxes in all"
         detail = f"the output is a sum of {counts}, not one and one"
+        raise Refusal(Reason.SOFTMAX, detail, attention.root)
+    if values[0].divided != bool(attention.totals):
+        detail = f"the weights are divided by their sum {values[0].divided} times"
         raise Refusal(Reason.SOFTMAX, detail, attention.root)
     return found[0], values[0], tuple(biases.values())
 

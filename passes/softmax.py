@@ -7,8 +7,8 @@ values are weighed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Set
+from dataclasses import dataclass, field
 from math import inf
 
 from torch.fx import Graph, Node
@@ -40,15 +40,15 @@ from mla_compile.passes.sizes import equal, numel, same_sizes
 JOINED = RENAMES | {aten.cat.default, aten.constant_pad_nd.default}
 JOINED |= {aten.select_scatter.default, aten.slice_scatter.default, aten.select.int}
 CALLS = FUSED_ATTENTION | {FLEX_ATTENTION}
-CARRIERS = WHOLE | {aten.mul.Tensor, aten.slice.Tensor}
+CARRIERS = WHOLE | {aten.mul.Tensor, aten.div.Tensor, aten.slice.Tensor}
 
-RowSum = tuple[Node, Node, int]  # Σ exp(scores - a shift of the row), the exponentials, the axis
+RowSums = dict[tuple[Node, int], list[Node]]  # Σe by e = exp(scores - a shift of the row), and axis
 Logs = dict[Node, tuple[Node, int]]  # what holds log Σ exp(scores), and these scores and the axis
 
 
 @dataclass(frozen=True, eq=False)
 class Normalised:
-    """A softmax of `scores` over `axis`: `node`, divided by `total` if that is not None.
+    """A softmax of `scores` over `axis`: `node`, to be divided by one of `totals` if there are any.
 
     A fused attention call is one without `scores`.  `logs` and `twins` are those of the graph.
     """
@@ -56,7 +56,7 @@ class Normalised:
     node: Node
     scores: Node | None = None
     axis: int = -1
-    total: Node | None = None
+    totals: list[Node] = field(default_factory=list)
     logs: Logs = field(default_factory=dict)
     twins: dict[Node, Node] = field(default_factory=dict)
 
@@ -65,60 +65,61 @@ class Normalised:
 class Attention(Normalised):
     """A softmax and the `path` from it to the `root`, through the contraction that consumes it.
 
-    The root is the contraction, or the division by `total` after it; that of a fused call is its
-    first result; or a slice of these.  `lse` are the `logs` of its scores that are used elsewhere.
+    The root is the contraction, or a division after it; that of a fused call is its first result;
+    or a slice of these.
     """
 
     path: tuple[Node, ...]
-    lse: tuple[Node, ...] = ()
 
     @property
     def root(self) -> Node:
         return self.path[-1]
 
+    @property
+    def lse(self) -> tuple[Node, ...]:
+        """What holds log Σ exp(scores) and is used elsewhere."""
+        logs = (x for x, of in self.logs.items() if of == (strip(self.scores, COPIES), self.axis))
+        return tuple(log for log in logs if escape(log, {self.node, self.root}))
+
 
 def find_softmaxes(graph: Graph) -> list[Normalised]:
     """Every softmax of the graph, in order, however it is written."""
-    sums = list(row_sums(graph))
+    sums = row_sums(graph)
     logs, same = logarithms(sums), twins(graph)
     found = [Normalised(n, twins=same) for n in graph.nodes if n.target in CALLS]
-    weighed = {exponential for total, exponential, _ in sums if not is_of_lse(total)}
-    for total, exponential, axis in sums:
-        if exponential not in weighed or not is_of_lse(total):
-            scores = unshifted(exponential.args[0], axis)
-            found.append(Normalised(exponential, scores, axis, total, logs, same))
+    for (exponential, axis), totals in sums.items():
+        scores = unshifted(exponential.args[0], axis)
+        found.append(Normalised(exponential, scores, axis, totals, logs, same))
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         scores, shift = split_shift(exponential.args[0])
         summed_up, axis = logs.get(shift and strip(shift, RESHAPES), (None, 0))
         if summed_up is strip(scores, COPIES) and is_per_row(shift, scores, axis):
-            found.append(Normalised(exponential, unshifted(scores, axis), axis, None, logs, same))
+            found.append(Normalised(exponential, unshifted(scores, axis), axis, [], logs, same))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
-def row_sums(graph: Graph) -> Iterator[RowSum]:
+def row_sums(graph: Graph) -> RowSums:
+    found: RowSums = {}
     for total in filter(is_row_sum, graph.nodes):
         exponential = strip(total.args[0], COPIES)
         if exponential.target is aten.exp.default and shape(exponential):
             axis = summed(total)[0] % len(shape(exponential))
             scores, shift = split_shift(exponential.args[0])
             if shift is None or is_constant_along(shift, scores, axis):
-                yield total, exponential, axis
+                found.setdefault((exponential, axis), []).append(total)
+    return found
 
 
 def is_row_sum(node: Node) -> bool:
     return is_sum(node) and len(summed(node)) == 1
 
 
-def is_of_lse(total: Node) -> bool:
-    return all(u.target is aten.log.default for u in total.users)
-
-
-def logarithms(sums: Iterable[RowSum]) -> Logs:
+def logarithms(sums: RowSums) -> Logs:
     """log Σ exp(scores), with or without the axis: log(total), and log(total) + shift."""
     found: Logs = {}
-    for total, exponential, axis in sums:
+    for (exponential, axis), totals in sums.items():
         scores, shift = split_shift(exponential.args[0])
-        for log in (u for u in total.users if u.target is aten.log.default):
+        for log in (u for x in totals for u in x.users if u.target is aten.log.default):
             found[log] = strip(exponential.args[0], COPIES), axis
             for add in log.users if shift else ():
                 if add.target is aten.add.Tensor and not add.kwargs:
@@ -238,38 +239,24 @@ def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
     return reached(softmax.scores or softmax.node, joined)
 
 
-def attention_of(softmax: Normalised) -> Attention:
-    """The softmax and the contraction that consumes it.  Refuses if anything else does."""
-    path = way_to_contraction(softmax)
-    if softmax.total is not None and not any(map(division, path)):
-        for node in only_readers(path[-1], {aten.div.Tensor, aten.mul.Tensor}):
-            path.append(node)
-            if division(node):
-                break
-        else:
-            detail = "the values are weighed by exponentials that no sum divides"
-            raise Refusal(Reason.SOFTMAX, detail, path[-1])
-    logs = (
-        x for x, of in softmax.logs.items() if of == (strip(softmax.scores, COPIES), softmax.axis)
-    )
-    lse = tuple(log for log in logs if escape(log, {path[0], path[-1]}))
-    return Attention(**vars(softmax), path=tuple(path), lse=lse)
+def attentions(softmax: Normalised) -> list[Attention]:
+    """Up to the contraction, to a division after it, and to slices of these: values may be padded.
 
-
-def crops(attention: Attention) -> Iterator[Attention]:
-    """The attention, and up to a slice of its output if nothing else is used: values may be padded.
-
-    Not if an as_strided uses what is around the slice.
+    Nothing else may use what is cut off, nor an as_strided what is around a slice.
     """
-    yield attention
-    path, views = list(attention.path), RENAMES | {aten.slice.Tensor, aten.select.int}
-    for node in only_readers(attention.root, {aten.slice.Tensor}):
+    path, views = way_to_contraction(softmax), RENAMES | {aten.slice.Tensor, aten.select.int}
+    ends = [len(path)]
+    for node in only_readers(path[-1], {aten.div.Tensor, aten.mul.Tensor, aten.slice.Tensor}):
         path.append(node)
         if node.target is aten.slice.Tensor:
             same = reached(node, lambda n: [user for user in n.users if user.target in views])
             if any(user.target is aten.as_strided.default for n in same for user in n.users):
-                return
-            yield replace(attention, path=tuple(path))
+                break
+        if node.target is aten.slice.Tensor or division(node):
+            ends.append(len(path))
+    found = [Attention(**vars(softmax), path=tuple(path[:end])) for end in ends]
+    divided = [x for x in found if softmax.totals and any(map(division, x.path))]
+    return divided or found
 
 
 def only_readers(node: Node, others: Set[object]) -> Iterator[Node]:
@@ -293,7 +280,7 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
         if [u.args[1] for u in used] != [0]:
             raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used")
         return path + used
-    beside = {u for u in node.users if softmax.total is not None and summed_up(u)}
+    beside = {u for u in node.users if softmax.totals and summed_up(u)}
     while True:
         users = [u for u in readers(node) if u not in beside]
         if len(users) != 1:
@@ -308,10 +295,7 @@ def way_to_contraction(softmax: Normalised) -> list[Node]:
             return path
         if is_random(user) or any(map(is_random, user.all_input_nodes)):
             raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
-        divided = user.target is aten.div.Tensor and user.args[0] is node
-        if divided and (softmax.total is None or any(map(division, path[:-1]))):
-            raise Refusal(Reason.SINKS, f"{node.name} is divided by more than its sum", user)
-        if not divided and not carries(user) and unzeroed(user) is not node:
+        if not carries(user) and unzeroed(user) is not node:
             detail = f"the probabilities are used by {user.name} ({user.target})"
             raise Refusal(Reason.ESCAPE, detail, user)
         node = user
