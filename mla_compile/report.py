@@ -25,12 +25,7 @@ from mla_compile.page import Section, html
 from mla_compile.passes.graph import aten, strip
 from mla_compile.passes.inductor import MLAPass, Verdict
 from mla_compile.passes.site import CacheTerm, Miss, MLASite, Reason, source_line
-from mla_compile.passes.softmax import (
-    division,
-    find_softmaxes,
-    is_attention,
-    parts_of_scores,
-)
+from mla_compile.passes.softmax import division, find_softmaxes, parts_of_scores, weighing
 from mla_compile.picture import Op, between, snapshot, svg
 from mla_compile.saving import saving
 
@@ -242,7 +237,7 @@ def cut_attentions(graph: Graph, graph_break: str) -> list[Refused]:
             graph_break=graph_break,
         )
         for softmax in find_softmaxes(graph)
-        if not is_attention(softmax) and strip(softmax.node) in results
+        if not weighing(softmax) and strip(softmax.node) in results
         if any(node.target in batched for node in parts_of_scores(softmax))
     ]
 

@@ -50,7 +50,7 @@ from mla_compile.passes.indexing import (
 )
 from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
 from mla_compile.passes.sizes import Size, equal
-from mla_compile.passes.softmax import Attention, division, sees_nothing, unzeroed
+from mla_compile.passes.softmax import Attention, division, sees_nothing, unread, unzeroed
 from mla_compile.reference import ABSORBING
 
 DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
@@ -119,35 +119,40 @@ class Evaluator:
         self.eliminate = eliminate
         self.time: frozenset[Label] = frozenset()
         self.features: set[Label] = set()
-        self.expanded: set[Node] = set()
+        self.expanded = {*attention.path}
         self.addend = self.addends = 0  # which of the scores' is read, 0 for all that they are
 
     def evaluate(self, node: Node, index: Index, context: Context = Context.OPERAND) -> list[Term]:
-        attention, index = self.attention, broadcast(node, index)
-        if node not in attention.path:
-            node = attention.twins.get(node, node)
-        leaf = [Term((Leaf(node, index),))]
+        """Of what is not understood, a leaf; but the weights are followed all the way."""
+        index, of_weights = broadcast(node, index), node in self.attention.path
+        node = node if of_weights else self.attention.twins.get(node, node)
+        if terms := self._read(node, index, context):
+            return terms
+        if of_weights:
+            raise unread(node)
+        return [Term((Leaf(node, index),))]
+
+    def _read(self, node: Node, index: Index, context: Context) -> list[Term] | None:
+        attention = self.attention
         if node is attention.node and attention.scores is not None:
             return [Term((self._softmax(index),))]
-        if node.op != "call_function":
-            return leaf
         if attention.totals and node in attention.path and (parts := division(node)):
             return self._divided(*parts, index)
-        if node in attention.path and (source := unzeroed(node)):
-            return self._zeroed(node, source, index)
+        if node in attention.path and (kept := unzeroed(node)):
+            return self._zeroed(node, kept, index)
         if read := self._relabel(node, index):
             return self.evaluate(*read, context)
         if dtype(node) not in FLOATS:
-            return leaf
+            return None
         if source := self._cast(node, index, context):
             terms = self.evaluate(source, index, context)
             mask = context is Context.SCORE and not hold_scores(terms)
-            return leaf if mask and rounds(node) else terms
+            return None if mask and rounds(node) else terms
         if scaled := scaling(node):
             source, factor = scaled
             return [t.times(factor) for t in self.evaluate(source, index, context)]
         if context is not Context.SCORE and self._stops(node, index):
-            return leaf
+            return None
         if node.target is operator.getitem and node.args[0] is attention.node:
             return self._fused(node.args[0], index)
         if node.target in CONTRACTIONS:
@@ -158,13 +163,13 @@ class Evaluator:
         if product and context is Context.PRODUCT:
             return self._product(*((x, index) for x in node.args))
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and all(map(is_tensor, node.args)):
-            return self._added(node, index, context) or leaf
+            return self._added(node, index, context)
         if context is Context.SCORE:
             if node.target is aten.where.self:
-                return self._masked(node, index) or leaf
+                return self._masked(node, index)
             if node.target is aten.tanh.default:
                 return [Term((Capped(tuple(self.evaluate(node.args[0], index, context))),))]
-        return leaf
+        return None
 
     def _stops(self, node: Node, index: Index) -> bool:
         if node in self.attention.path:
@@ -239,8 +244,7 @@ class Evaluator:
             at = dict(enumerate(index)) | dict(zip(dims, entries, strict=True))
             return self.evaluate(source, tuple(at.values()), Context.PRODUCT)
 
-        over = [sizes[d] for d in dims]
-        return self._sum(over, read, time=node in self.attention.path)
+        return self._sum([sizes[d] for d in dims], read, time=node in self.attention.path)
 
     def _added(self, node: Node, index: Index, context: Context) -> list[Term] | None:
         """Parts of the scores; or a row of keys or values, and a bias that all tokens have."""
@@ -275,8 +279,7 @@ class Evaluator:
             if fill == FUSED_FILL and self.attention.node.target is CUDNN:
                 fill = -inf
             absorbs = fill <= ABSORBING
-            leaf = settle(condition, index)
-            mask = Term((Mask(leaf, keep, fill, addend=self.addend),))
+            mask = Term((Mask(settle(condition, index), keep, fill, addend=self.addend),))
             if constant(kept) is None and (absorbs or not self.addend):
                 terms = self.evaluate(kept, index, Context.SCORE)
                 masks = all(isinstance(f, Mask) for t in terms for f in t.factors)
@@ -317,11 +320,10 @@ class Evaluator:
         while unchanged(leaf.node) or (inverse and leaf.node.target is aten.reciprocal.default):
             inverse &= unchanged(leaf.node)
             leaf = settle(leaf.node.args[0], leaf.index)
+        totals = self.attention.totals
         for softmax in softmaxes(terms):
-            totals = self.attention.totals
             if inverse or leaf.node not in totals or rows_of(leaf) != softmax.rows:
-                added = any(x in totals for x in leaf.node.args)
-                sinks = added and leaf.node.target is aten.add.Tensor
+                sinks = leaf.node.target is aten.add.Tensor and {*leaf.node.args} & {*totals}
                 reason = Reason.SINKS if sinks else Reason.SOFTMAX
                 detail = f"the weighed values are divided by {leaf}, not the sum of their weights"
                 raise Refusal(reason, detail, self.attention.root)
@@ -351,12 +353,11 @@ class Evaluator:
         if of_k is None or of_v is None:
             detail = f"{of_keys} key heads for {heads} query heads in a fused attention call"
             raise Refusal(Reason.NO_LATENT, detail)
-        in_key, in_value = (batch, of_k[0]), (batch, of_v[0])
 
         def attend(t: Entry) -> list[Term]:
             score = self._sum(
                 [width],
-                lambda k: self._product((query, (*rows, k)), (key, (*in_key, t, k))),
+                lambda k: self._product((query, (*rows, k)), (key, (batch, of_k[0], t, k))),
                 time=False,
             )
             score = [replace(x, scale=x.scale * scale) for x in score]
@@ -365,7 +366,7 @@ class Evaluator:
             elif mask is not None:
                 score += self._addend(mask, (*rows, t))
             softmax = Term((self._rows(score, tuple(rows), t),))
-            return [softmax.times(v) for v in self.evaluate(value, (*in_value, t, column))]
+            return [softmax.times(v) for v in self.evaluate(value, (batch, of_v[0], t, column))]
 
         return self._sum([shape(key)[2]], attend, time=True)
 

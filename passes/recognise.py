@@ -52,7 +52,7 @@ from mla_compile.passes.softmax import (
     escape,
     find_softmaxes,
     has_queries,
-    is_attention,
+    weighing,
 )
 
 # In the names of operators that multiply by a quantised weight.
@@ -67,7 +67,7 @@ def recognise(graph: Graph) -> list[MLASite | Miss]:
     Several may share what is expanded for them: nobody needs it once all of them are rewritten.
     """
     training = any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
-    softmaxes = [x for x in find_softmaxes(graph) if is_attention(x)]
+    softmaxes = [x for x in find_softmaxes(graph) if weighing(x)]
     misses: dict[Normalised, Miss] = {}
     sites: Sites = {}
     for softmax in softmaxes:
@@ -91,7 +91,7 @@ def objections(sites: Sites) -> Iterator[tuple[Normalised, Miss]]:
     replaced = {node for x in all_found for node in (x.softmax, x.root, *x.lse)}
     kept = {node for found in all_found for node in found.inputs}
     for softmax, (found, expanded) in sites.items():
-        private = {*expanded, softmax.scores or softmax.node, *softmax.node.users} - {found.root}
+        private = {*expanded, softmax.scores or softmax.node} - {found.root}
         for node in sorted(private, key=str):
             if thief := escape(node, replaced, kept):
                 detail = f"{node.name} is also used by {thief.name}"

@@ -7,6 +7,7 @@ values are weighed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, field
 from math import inf
@@ -32,7 +33,6 @@ from mla_compile.passes.graph import (
     strip,
     summed,
     twins,
-    unchanged,
 )
 from mla_compile.passes.site import Reason, Refusal
 from mla_compile.passes.sizes import equal, numel, same_sizes
@@ -40,7 +40,7 @@ from mla_compile.passes.sizes import equal, numel, same_sizes
 JOINED = RENAMES | {aten.cat.default, aten.constant_pad_nd.default}
 JOINED |= {aten.select_scatter.default, aten.slice_scatter.default, aten.select.int}
 CALLS = FUSED_ATTENTION | {FLEX_ATTENTION}
-CARRIERS = WHOLE | {aten.mul.Tensor, aten.div.Tensor, aten.slice.Tensor}
+CARRIERS = WHOLE | {aten.mul.Tensor, aten.div.Tensor, aten.slice.Tensor, aten.select.int}
 
 RowSums = dict[tuple[Node, int], list[Node]]  # Σe by e = exp(scores - a shift of the row), and axis
 Logs = dict[Node, tuple[Node, int]]  # what holds log Σ exp(scores), and these scores and the axis
@@ -63,13 +63,12 @@ class Normalised:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention(Normalised):
-    """A softmax and the `path` from it to the `root`, through the contraction that consumes it.
+    """A softmax and the `path` from it to the `root`, through the contraction with the values.
 
-    The root is the contraction, or a division after it; that of a fused call is its first result;
-    or a slice of these.
+    The root is the contraction, or a division after it, or a slice of these.
     """
 
-    path: tuple[Node, ...]
+    path: tuple[Node, ...]  # in the graph's order
 
     @property
     def root(self) -> Node:
@@ -174,10 +173,10 @@ def division(node: Node) -> tuple[Node, Node, bool] | None:
 
 
 def unzeroed(node: Node) -> Node | None:
-    """What it is wherever it is not set to zero."""
-    branches = node.args[1:] if node.target is aten.where.self else ()
-    kept = [x for x in branches if constant(x) != 0]
-    return kept[0] if len(kept) == len(branches) - 1 else None
+    """What it is wherever it is not set to zero, unless by chance."""
+    zeroed = node.target is aten.where.self and not is_random(node.args[0])
+    kept = [x for x in node.args[1:] if zeroed and constant(x) != 0]
+    return kept[0] if len(kept) == 1 else None
 
 
 def sees_nothing(condition: Node, scores: Node, axis: int) -> bool:
@@ -192,29 +191,37 @@ def sees_nothing(condition: Node, scores: Node, axis: int) -> bool:
     return hidden and strip(condition.args[0], COPIES) is strip(scores, COPIES)
 
 
-def is_attention(softmax: Normalised) -> bool:
-    """The weights, or something made of them element by element, are summed up in a contraction.
+def weighing(softmax: Normalised) -> list[Node]:
+    """From the weights to the first contraction of what is made of them element by element.
 
-    A router's probabilities are not.
+    Of a fused call, to its output.  A router's probabilities weigh nothing.
     """
 
-    def made(node: Node) -> list[Node]:
-        users = [u for u in node.users if is_tensor(u) and not is_sum(u)]
-        part = CARRIERS | {aten.select.int}
-        return [u for u in users if u.target in part or same_sizes(shape(u), shape(node))]
+    made, node = {softmax.node}, softmax.node
+    while node.op != "output":
+        node = node.next
+        for source in made.intersection(node.all_input_nodes):
+            if weighs(node, source):
+                return sorted(reached(node, lambda n: made.intersection(n.all_input_nodes)))
+            tensors = is_tensor(source) and is_tensor(node) and not is_sum(node)
+            if tensors and (node.target in CARRIERS or same_sizes(shape(node), shape(source))):
+                made.add(node)
+    return []
 
-    return softmax.scores is None or any(
-        user.target in CONTRACTIONS
-        or (is_sum(user) and strip(node, COPIES).target is aten.mul.Tensor)
-        for node in reached(softmax.node, made)
-        for user in node.users
-    )
+
+def weighs(node: Node, weights: Node) -> bool:
+    if node.target in CONTRACTIONS:
+        return weights in node.args[-2:]
+    output = node.target is operator.getitem and node.args[1] == 0
+    return output or (is_sum(node) and strip(weights, COPIES).target is aten.mul.Tensor)
 
 
-def carries(node: Node) -> bool:
-    """Probabilities stay probabilities through it, up to a factor."""
-    of_one = node.target is aten.select.int and equal(shape(node.args[0])[node.args[1]], 1)
-    return of_one or node.target in CARRIERS
+def unread(node: Node) -> Refusal:
+    """It does something else to the probabilities than what softmax and values are made of."""
+    if any(map(is_random, (node, *node.all_input_nodes))):
+        return Refusal(Reason.DROPOUT, f"{node.name} drops probabilities", node)
+    reason = Reason.SOFTMAX if node.target in CARRIERS else Reason.ESCAPE
+    return Refusal(reason, f"the probabilities are used by {node.name} ({node.target})", node)
 
 
 def has_queries(softmax: Normalised) -> bool:
@@ -242,9 +249,11 @@ def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
 def attentions(softmax: Normalised) -> list[Attention]:
     """Up to the contraction, to a division after it, and to slices of these: values may be padded.
 
-    Nothing else may use what is cut off, nor an as_strided what is around a slice.
+    No as_strided may use what is around a slice.
     """
-    path, views = way_to_contraction(softmax), RENAMES | {aten.slice.Tensor, aten.select.int}
+    if softmax.node.target is FLEX_ATTENTION:
+        raise Refusal(Reason.FLEX, "a score_mod and a mask_mod are not read")
+    path, views = weighing(softmax), RENAMES | {aten.slice.Tensor, aten.select.int}
     ends = [len(path)]
     for node in only_readers(path[-1], {aten.div.Tensor, aten.mul.Tensor, aten.slice.Tensor}):
         path.append(node)
@@ -264,41 +273,6 @@ def only_readers(node: Node, others: Set[object]) -> Iterator[Node]:
     while len(users := readers(node)) == 1 and users[0].target in WHOLE | others:
         (node,) = users
         yield node
-
-
-def way_to_contraction(softmax: Normalised) -> list[Node]:
-    """From the weights to the one contraction that they end in; their sums do not count."""
-
-    def summed_up(node: Node) -> bool:
-        return is_row_sum(node) or (unchanged(node) and any(map(summed_up, node.users)))
-
-    node, path = softmax.node, [softmax.node]
-    if node.target is FLEX_ATTENTION:
-        raise Refusal(Reason.FLEX, "a score_mod and a mask_mod are not read")
-    if softmax.scores is None:
-        used = [u for u in node.users if u.users]
-        if [u.args[1] for u in used] != [0]:
-            raise Refusal(Reason.ESCAPE, "more than the output of the fused call is used")
-        return path + used
-    beside = {u for u in node.users if softmax.totals and summed_up(u)}
-    while True:
-        users = [u for u in readers(node) if u not in beside]
-        if len(users) != 1:
-            names = ", ".join(u.name for u in users)
-            cut = any(u.target is aten.select.int for u in users)
-            reason = Reason.SOFTMAX if cut else Reason.ESCAPE
-            raise Refusal(reason, f"the probabilities are used by {names}", node)
-        (user,) = users
-        path.append(user)
-        of_product = node.target is aten.mul.Tensor and is_row_sum(user)
-        if of_product or (user.target in CONTRACTIONS and node in user.args[-2:]):
-            return path
-        if is_random(user) or any(map(is_random, user.all_input_nodes)):
-            raise Refusal(Reason.DROPOUT, f"{user.name} drops probabilities", user)
-        if not carries(user) and unzeroed(user) is not node:
-            detail = f"the probabilities are used by {user.name} ({user.target})"
-            raise Refusal(Reason.ESCAPE, detail, user)
-        node = user
 
 
 def is_random(node: Node) -> bool:
