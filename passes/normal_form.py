@@ -305,7 +305,7 @@ class Evaluator:
         """Probabilities of which whole rows are set to zero; those that see nothing are anyway."""
         terms, of = self.evaluate(source, index), self.attention
         mask = Mask(settle(node.args[0], index), source is node.args[1], 0.0)
-        empty = not mask.keep and sees_nothing(mask.leaf.node, of.scores, of.axis)
+        empty = not mask.keep and sees_nothing(mask.leaf.node, of.scores)
         if empty and all(softmax.rows == rows_of(mask.leaf) for softmax in softmaxes(terms)):
             return terms
         if mask.leaf.labels & self.time:

@@ -8,7 +8,7 @@ values are weighed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Set
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from math import inf
 
@@ -90,34 +90,31 @@ def find_softmaxes(graph: Graph) -> list[Normalised]:
         scores = unshifted(exponential.args[0], axis)
         found.append(Normalised(exponential, scores, axis, totals, logs, same))
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
-        scores, shift = split_shift(exponential.args[0])
-        summed_up, axis = logs.get(shift and strip(shift, RESHAPES), (None, 0))
-        if summed_up is strip(scores, COPIES) and is_per_row(shift, scores, axis):
-            found.append(Normalised(exponential, unshifted(scores, axis), axis, [], logs, same))
+        inputs = strip(exponential.args[0], COPIES).all_input_nodes
+        for log in logs.keys() & {strip(x, RESHAPES) for x in inputs}:
+            scores, axis = logs[log]
+            before, shift = split_shift(exponential.args[0], axis)
+            if shift and strip(shift, RESHAPES) is log and strip(before, COPIES) is scores:
+                found.append(Normalised(exponential, unshifted(before, axis), axis, [], logs, same))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
 def row_sums(graph: Graph) -> RowSums:
     found: RowSums = {}
-    for total in filter(is_row_sum, graph.nodes):
+    for total in filter(is_sum, graph.nodes):
         exponential = strip(total.args[0], COPIES)
-        if exponential.target is aten.exp.default and shape(exponential):
+        of_one = shape(exponential) and len(summed(total)) == 1
+        if of_one and exponential.target is aten.exp.default:
             axis = summed(total)[0] % len(shape(exponential))
-            scores, shift = split_shift(exponential.args[0])
-            if shift is None or is_constant_along(shift, scores, axis):
-                found.setdefault((exponential, axis), []).append(total)
+            found.setdefault((exponential, axis), []).append(total)
     return found
-
-
-def is_row_sum(node: Node) -> bool:
-    return is_sum(node) and len(summed(node)) == 1
 
 
 def logarithms(sums: RowSums) -> Logs:
     """log Σ exp(scores), with or without the axis: log(total), and log(total) + shift."""
     found: Logs = {}
     for (exponential, axis), totals in sums.items():
-        scores, shift = split_shift(exponential.args[0])
+        scores, shift = split_shift(exponential.args[0], axis)
         for log in (u for x in totals for u in x.users if u.target is aten.log.default):
             found[log] = strip(exponential.args[0], COPIES), axis
             for add in log.users if shift else ():
@@ -129,36 +126,25 @@ def logarithms(sums: RowSums) -> Logs:
     return found
 
 
-def split_shift(scores: Node) -> tuple[Node, Node | None]:
-    """(x, m) where they are x - m and of the sizes of x, else (they, None)."""
+def split_shift(scores: Node, axis: int) -> tuple[Node, Node | None]:
+    """(x, m) where they are x - m, of the sizes of x, and m is constant along the axis.
+
+    Else (they, None).  An m of many elements has one for each row and size 1 along the axis: if
+    what it is a reshape of has as well, each number is in its place.
+    """
     node = strip(scores, COPIES)
     if node.target is aten.sub.Tensor and all(map(is_tensor, node.args)) and not node.kwargs:
-        before, shift = node.args
-        if same_sizes(shape(before), shape(node)):
+        (before, shift), sizes = node.args, shape(node)
+        of_rows = same_sizes(shape(shift), (*sizes[:axis], 1, *sizes[axis + 1 :]))
+        if same_sizes(shape(before), sizes) and (of_rows or is_scalar_tensor(shift)):
             return before, shift
     return scores, None
 
 
 def unshifted(scores: Node, axis: int) -> Node:
     """The scores before something constant along the axis was subtracted: no softmax sees it."""
-    before, shift = split_shift(scores)
-    if shift and is_constant_along(shift, scores, axis):
-        return unshifted(before, axis)
-    return scores
-
-
-def is_constant_along(shift: Node, scores: Node, axis: int) -> bool:
-    return is_scalar_tensor(shift) or is_per_row(shift, scores, axis)
-
-
-def is_per_row(node: Node, like: Node, axis: int) -> bool:
-    """It has an element for each row of `like`, and size 1 along the axis.
-
-    If what it is a reshape of has as well, each number is in its place.
-    """
-    sizes = shape(like)
-    rows = (*sizes[:axis], 1, *sizes[axis + 1 :])
-    return axis < len(sizes) and same_sizes(shape(node), rows)
+    before, shift = split_shift(scores, axis)
+    return unshifted(before, axis) if shift else scores
 
 
 def division(node: Node) -> tuple[Node, Node, bool] | None:
@@ -179,10 +165,8 @@ def unzeroed(node: Node) -> Node | None:
     return kept[0] if len(kept) == 1 else None
 
 
-def sees_nothing(condition: Node, scores: Node, axis: int) -> bool:
+def sees_nothing(condition: Node, scores: Node) -> bool:
     """condition = not any(not (scores == -inf)) of the row, as ATen's safe softmax says it."""
-    if not is_per_row(condition, scores, axis):
-        return False
     for target in (aten.logical_not.default, aten.any.dim, aten.logical_not.default):
         if condition.target is not target:
             return False
@@ -255,7 +239,8 @@ def attentions(softmax: Normalised) -> list[Attention]:
         raise Refusal(Reason.FLEX, "a score_mod and a mask_mod are not read")
     path, views = weighing(softmax), RENAMES | {aten.slice.Tensor, aten.select.int}
     ends = [len(path)]
-    for node in only_readers(path[-1], {aten.div.Tensor, aten.mul.Tensor, aten.slice.Tensor}):
+    while len(users := readers(path[-1])) == 1 and users[0].target in CARRIERS:
+        (node,) = users
         path.append(node)
         if node.target is aten.slice.Tensor:
             same = reached(node, lambda n: [user for user in n.users if user.target in views])
@@ -266,13 +251,6 @@ def attentions(softmax: Normalised) -> list[Attention]:
     found = [Attention(**vars(softmax), path=tuple(path[:end])) for end in ends]
     divided = [x for x in found if softmax.totals and any(map(division, x.path))]
     return divided or found
-
-
-def only_readers(node: Node, others: Set[object]) -> Iterator[Node]:
-    """The one reader of a node, of that and so on: views of all of it, casts and the `others`."""
-    while len(users := readers(node)) == 1 and users[0].target in WHOLE | others:
-        (node,) = users
-        yield node
 
 
 def is_random(node: Node) -> bool:
