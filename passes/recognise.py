@@ -47,7 +47,6 @@ from mla_compile.passes.site import Mask, Miss, MLASite, Reason, Refusal, span
 from mla_compile.passes.sizes import Size, divides, equal, true
 from mla_compile.passes.softmax import (
     Attention,
-    Normalised,
     attentions,
     escape,
     find_softmaxes,
@@ -58,7 +57,7 @@ from mla_compile.passes.softmax import (
 # In the names of operators that multiply by a quantised weight.
 QUANTISED = ("scaled_mm", "int_mm", "int4", "int8", "quant", "packed")
 
-Sites = dict[Normalised, tuple[MLASite, Set[Node]]]  # and the nodes that are expanded for each
+Sites = dict[Attention, tuple[MLASite, Set[Node]]]  # and the nodes that are expanded for each
 
 
 def recognise(graph: Graph) -> list[MLASite | Miss]:
@@ -68,7 +67,7 @@ def recognise(graph: Graph) -> list[MLASite | Miss]:
     """
     training = any(n.name.startswith("tangents") for n in graph.find_nodes(op="placeholder"))
     softmaxes = [x for x in find_softmaxes(graph) if weighing(x)]
-    misses: dict[Normalised, Miss] = {}
+    misses: dict[Attention, Miss] = {}
     sites: Sites = {}
     for softmax in softmaxes:
         try:
@@ -85,7 +84,7 @@ def recognise(graph: Graph) -> list[MLASite | Miss]:
     return [sites[x][0] if x in sites else misses[x] for x in softmaxes]
 
 
-def objections(sites: Sites) -> Iterator[tuple[Normalised, Miss]]:
+def objections(sites: Sites) -> Iterator[tuple[Attention, Miss]]:
     """Others need the scores or what is expanded for them, or to expand it is the cheaper way."""
     all_found = [found for found, _ in sites.values()]
     replaced = {node for x in all_found for node in (x.softmax, x.root, *x.lse)}
@@ -117,7 +116,7 @@ def pays(Sq: Size, Skv: Size, Lkv: Size, P: Size, V: Size, **others: Size) -> bo
     return true(Skv * saved > spent if isinstance(Skv, int) else saved > 0)  # at any long length
 
 
-def judge(softmax: Normalised) -> tuple[MLASite, Set[Node]]:
+def judge(softmax: Attention) -> tuple[MLASite, Set[Node]]:
     """The first attention that ends in an MLASite, as that, and what is expanded for it.
 
     Raises the first Refusal if none of them does.

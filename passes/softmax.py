@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from torch.fx import Graph, Node
@@ -47,10 +47,12 @@ Logs = dict[Node, tuple[Node, int]]  # what holds log Σ exp(scores), and these 
 
 
 @dataclass(frozen=True, eq=False)
-class Normalised:
+class Attention:
     """A softmax of `scores` over `axis`: `node`, to be divided by one of `totals` if there are any.
 
-    A fused attention call is one without `scores`.  `logs` and `twins` are those of the graph.
+    A fused attention call is one without `scores`.  `logs` and `twins` are those of the graph.  The
+    `path`, once `attentions` has found it, leads through the contraction with the values to the
+    `root`: that contraction, or a division after it, or a slice of these.
     """
 
     node: Node
@@ -59,16 +61,7 @@ class Normalised:
     totals: list[Node] = field(default_factory=list)
     logs: Logs = field(default_factory=dict)
     twins: dict[Node, Node] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Attention(Normalised):
-    """A softmax and the `path` from it to the `root`, through the contraction with the values.
-
-    The root is the contraction, or a division after it, or a slice of these.
-    """
-
-    path: tuple[Node, ...]  # in the graph's order
+    path: tuple[Node, ...] = ()  # in the graph's order
 
     @property
     def root(self) -> Node:
@@ -81,21 +74,21 @@ class Attention(Normalised):
         return tuple(log for log in logs if escape(log, {self.node, self.root}))
 
 
-def find_softmaxes(graph: Graph) -> list[Normalised]:
+def find_softmaxes(graph: Graph) -> list[Attention]:
     """Every softmax of the graph, in order, however it is written."""
     sums = row_sums(graph)
     logs, same = logarithms(sums), twins(graph)
-    found = [Normalised(n, twins=same) for n in graph.nodes if n.target in CALLS]
+    found = [Attention(n, twins=same) for n in graph.nodes if n.target in CALLS]
     for (exponential, axis), totals in sums.items():
         scores = unshifted(exponential.args[0], axis)
-        found.append(Normalised(exponential, scores, axis, totals, logs, same))
+        found.append(Attention(exponential, scores, axis, totals, logs, same))
     for exponential in graph.find_nodes(op="call_function", target=aten.exp.default):
         inputs = strip(exponential.args[0], COPIES).all_input_nodes
         for log in logs.keys() & {strip(x, RESHAPES) for x in inputs}:
             scores, axis = logs[log]
             before, shift = split_shift(exponential.args[0], axis)
             if shift and strip(shift, RESHAPES) is log and strip(before, COPIES) is scores:
-                found.append(Normalised(exponential, unshifted(before, axis), axis, [], logs, same))
+                found.append(Attention(exponential, unshifted(before, axis), axis, [], logs, same))
     return sorted(found, key=lambda softmax: softmax.node)
 
 
@@ -175,7 +168,7 @@ def sees_nothing(condition: Node, scores: Node) -> bool:
     return hidden and strip(condition.args[0], COPIES) is strip(scores, COPIES)
 
 
-def weighing(softmax: Normalised) -> list[Node]:
+def weighing(softmax: Attention) -> list[Node]:
     """From the weights to the first contraction of what is made of them element by element.
 
     Of a fused call, to its output.  A router's probabilities weigh nothing.
@@ -208,7 +201,7 @@ def unread(node: Node) -> Refusal:
     return Refusal(reason, f"the probabilities are used by {node.name} ({node.target})", node)
 
 
-def has_queries(softmax: Normalised) -> bool:
+def has_queries(softmax: Attention) -> bool:
     """Its scores are contractions; they may be, where they come from outside of the graph."""
 
     products = CONTRACTIONS | CALLS
@@ -220,7 +213,7 @@ def has_queries(softmax: Normalised) -> bool:
     )
 
 
-def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
+def parts_of_scores(softmax: Attention) -> Iterator[Node]:
     """The scores and what they are made of, element by element or joined."""
 
     def joined(node: Node) -> list[Node]:
@@ -230,7 +223,7 @@ def parts_of_scores(softmax: Normalised) -> Iterator[Node]:
     return reached(softmax.scores or softmax.node, joined)
 
 
-def attentions(softmax: Normalised) -> list[Attention]:
+def attentions(softmax: Attention) -> list[Attention]:
     """Up to the contraction, to a division after it, and to slices of these: values may be padded.
 
     No as_strided may use what is around a slice.
@@ -248,7 +241,7 @@ def attentions(softmax: Normalised) -> list[Attention]:
                 break
         if node.target is aten.slice.Tensor or division(node):
             ends.append(len(path))
-    found = [Attention(**vars(softmax), path=tuple(path[:end])) for end in ends]
+    found = [replace(softmax, path=tuple(path[:end])) for end in ends]
     divided = [x for x in found if softmax.totals and any(map(division, x.path))]
     return divided or found
 
