@@ -106,6 +106,11 @@ def labels_of(index: Index) -> frozenset[Label]:
     return frozenset(every_label(index))
 
 
+def rows_of(leaf: Leaf) -> Group:
+    """The labels that run over all of a dimension."""
+    return tuple(d.label for entry in leaf.index for d in entry if d.full)
+
+
 def whole(label: Label) -> Entry:
     """The entry that runs over all of a dimension."""
     return (Digit(label, 0, label.size),)

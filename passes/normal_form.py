@@ -43,6 +43,7 @@ from mla_compile.passes.indexing import (
     broadcast,
     labels_of,
     relabel,
+    rows_of,
     settle,
     split_at,
     splitting,
@@ -133,21 +134,19 @@ class Evaluator:
         return [Term((Leaf(node, index),))]
 
     def _read(self, node: Node, index: Index, context: Context) -> list[Term] | None:
-        attention = self.attention
+        attention, of_weights = self.attention, node in self.attention.path
         if node is attention.node and attention.scores is not None:
             return [Term((self._softmax(index),))]
-        if attention.totals and node in attention.path and (parts := division(node)):
+        if of_weights and attention.totals and (parts := division(node)):
             return self._divided(*parts, index)
-        if node in attention.path and (kept := unzeroed(node)):
+        if of_weights and (kept := unzeroed(node)):
             return self._zeroed(node, kept, index)
         if read := self._relabel(node, index):
             return self.evaluate(*read, context)
         if dtype(node) not in FLOATS:
             return None
-        if source := self._cast(node, index, context):
-            terms = self.evaluate(source, index, context)
-            mask = context is Context.SCORE and not hold_scores(terms)
-            return None if mask and rounds(node) else terms
+        if source := cast_of(node):
+            return self._cast(node, source, index, context)
         if scaled := scaling(node):
             source, factor = scaled
             return [t.times(factor) for t in self.evaluate(source, index, context)]
@@ -185,19 +184,18 @@ class Evaluator:
         except Split as split:
             stops, of_feature = self._stops(node, index), split.label in self.features
             timeless = not labels_of(index) & self.time
-            if len(split.ways) == 1:  # into an outer and an inner label
-                leaf = stops and (timeless or of_feature)
-            else:
-                leaf = stops or not of_feature
-            if leaf:
+            nested = len(split.ways) == 1  # into an outer and an inner label
+            if (stops and (timeless or of_feature)) if nested else (stops or not of_feature):
                 return None
             raise
 
-    def _cast(self, node: Node, index: Index, context: Context) -> Node | None:
+    def _cast(self, node: Node, source: Node, index: Index, context: Context) -> list[Term] | None:
         """What is cast, if nothing is lost by that or the attention computes in another type."""
         score = context is Context.SCORE
-        stops = not score and rounds(node) and self._stops(node, index)
-        return None if stops else cast_of(node)
+        if rounds(node) and not score and self._stops(node, index):
+            return None
+        terms = self.evaluate(source, index, context)
+        return None if rounds(node) and score and is_bias(terms) else terms
 
     def _sum(self, sizes: list[Size], body: Callable[..., list[Term]], time: bool) -> list[Term]:
         """Σ over a fresh label for each size of body(*entries), again where one has to be split."""
@@ -268,8 +266,7 @@ class Evaluator:
     def _masked(self, node: Node, index: Index) -> list[Term] | None:
         """where(condition, scores, fill), or the additive mask where(condition, 0, fill).
 
-        In a part of the scores, only a fill that absorbs the others hides a token.  An additive
-        mask with such a fill is one itself.
+        In a part of the scores, only a fill that absorbs the others hides a token.
         """
         condition, *branches = node.args
         for keep, (kept, other) in ((True, branches), (False, branches[::-1])):
@@ -282,9 +279,7 @@ class Evaluator:
             mask = Term((Mask(settle(condition, index), keep, fill, addend=self.addend),))
             if constant(kept) is None and (absorbs or not self.addend):
                 terms = self.evaluate(kept, index, Context.SCORE)
-                masks = all(isinstance(f, Mask) for t in terms for f in t.factors)
-                additive = self.addend and not (masks or hold_scores(terms))
-                return None if additive else [*terms, mask]
+                return None if self.addend and is_bias(terms) else [*terms, mask]
             if constant(kept) == 0 and absorbs and self.addend:
                 return [mask]
         return None
@@ -333,8 +328,7 @@ class Evaluator:
         digits = [d for entry in rows for d in entry]
         if not all(d.full for d in digits):
             raise Refusal(Reason.SOFTMAX, "only some rows of the probabilities are used")
-        labels = (tuple(d.label for d in ds) for ds in (digits, time))
-        return Softmax(tuple(score), *labels)
+        return Softmax(tuple(score), tuple(d.label for d in digits), tuple(d.label for d in time))
 
     def _fused(self, call: Node, index: Index) -> list[Term]:
         """aten's fused attention calls: q [B, H, Sq, E], k, v and an optional mask."""
@@ -375,13 +369,10 @@ def softmaxes(terms: list[Term]) -> list[Softmax]:
     return [f for t in terms for f in t.factors if isinstance(f, Softmax)]
 
 
-def hold_scores(terms: list[Term]) -> bool:
-    return any(t.summed or isinstance(f, Capped) for t in terms for f in t.factors)
-
-
-def rows_of(leaf: Leaf) -> tuple[Label, ...]:
-    """The labels that run over all of a dimension."""
-    return tuple(d.label for entry in leaf.index for d in entry if d.full)
+def is_bias(terms: list[Term]) -> bool:
+    """An additive mask, without scores and not of boolean masks alone."""
+    scores = any(t.summed or isinstance(t.factors[0], Capped) for t in terms)
+    return not scores and any(isinstance(f, Leaf) for t in terms for f in t.factors)
 
 
 def number(node: Node, name: str) -> float:
