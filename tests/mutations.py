@@ -58,11 +58,21 @@ def rotated(t: Tensor, x: Inputs) -> Tensor:
     return t * angle.cos() + t.roll(1, -1) * angle.sin()
 
 
+def narrowed(t: Tensor, x: Inputs) -> Tensor:
+    """Of a bf16 program this is nothing."""
+    return t.bfloat16().to(t.dtype)
+
+
 def early(t: Tensor) -> Tensor:
     return torch.arange(t.shape[-1]) < 3
 
 
+PRECISE = (
+    *("values", "keys", "rope", "scores", "probabilities", "late sum"),
+    *("expanded keys", "expanded values"),
+)
 MUTATIONS = [
+    *[Mutation("narrowed", place, narrowed) for place in PRECISE],
     Mutation("from another cache", "values", other),
     Mutation("from before the write", "values", unwritten),
     Mutation("one column late", "values", late_columns),
