@@ -19,6 +19,8 @@ prims = torch.ops.prims
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 INTEGERS = frozenset({torch.int32, torch.int64})
 CASTS = frozenset({prims.convert_element_type.default})
+DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
+SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
 CONTRACTIONS = frozenset(f.default for f in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm))
 FUSED_ATTENTION = frozenset(
     {
@@ -126,9 +128,12 @@ def constant(value: Any) -> float | None:
     elif value.target in WHOLE | {aten.scalar_tensor.default}:
         filled = value.args[0]
     number = constant(filled)
-    if number is None or dtype(value).is_complex:
-        return None
-    return float(torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype(value)))
+    return None if number is None or dtype(value).is_complex else in_type(number, dtype(value))
+
+
+@unset_fake_temporarily()
+def in_type(number: float, type_: torch.dtype) -> float:
+    return float(torch.tensor(number, dtype=torch.float64, device="cpu").to(type_))
 
 
 def cast_of(node: Node) -> Node | None:
@@ -156,8 +161,11 @@ def unchanged(node: Node) -> bool:
     return node.target in COPIES or (node.target in CASTS and dtype(node) in FLOATS)
 
 
-def strip(node: Node, views: Set[Any] = WHOLE) -> Node:
-    """The node behind copies, casts to floats and these operators, by default all views of all."""
-    while node.target in views or unchanged(node):
+def strip(node: Node, views: Set[Any] = WHOLE, exact: bool = False) -> Node:
+    """The node behind copies, casts to floats and these operators, by default all views of all.
+
+    If that is to be exact, not behind a cast that rounds.
+    """
+    while (node.target in views or unchanged(node)) and not (exact and rounds(node)):
         node = node.args[0]
     return node

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 
 import torch
@@ -19,12 +19,15 @@ from torch.fx import Node
 
 from mla_compile.passes.graph import (
     CONTRACTIONS,
+    DIVISIONS,
     FLOATS,
+    SCALINGS,
     argument,
     aten,
     cast_of,
     constant,
     dtype,
+    in_type,
     is_scalar_tensor,
     is_sum,
     is_tensor,
@@ -49,54 +52,13 @@ from mla_compile.passes.indexing import (
     splitting,
     whole,
 )
-from mla_compile.passes.site import Mask, Reason, Refusal, Scalar
+from mla_compile.passes.site import Capped, Mask, Reason, Refusal, Scalar, Softmax, Term
 from mla_compile.passes.sizes import Size, equal
 from mla_compile.passes.softmax import Attention, division, sees_nothing, unread, unzeroed
 from mla_compile.reference import ABSORBING
 
-DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
-SCALINGS = DIVISIONS | {aten.mul.Tensor, aten.mul.Scalar}
 # What torch makes of False in a boolean mask before cuDNN's fused call (the others get -inf).
 CUDNN, FUSED_FILL = aten._scaled_dot_product_cudnn_attention.default, -65504.0
-
-
-@dataclass(frozen=True, eq=False)
-class Softmax:
-    """The factor softmax over `time` of the sum of `score`, at one row."""
-
-    score: tuple[Term, ...]
-    rows: tuple[Label, ...]
-    time: tuple[Label, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Capped:
-    """The factor tanh of the sum of `terms`: a soft cap."""
-
-    terms: tuple[Term, ...]
-
-
-Factor = Leaf | Softmax | Capped | Mask
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """scale · Π scalars · Σ_summed Π factors, over the sum of the weights as often as `divided`."""
-
-    factors: tuple[Factor, ...]
-    summed: frozenset[Label] = frozenset()
-    scale: float = 1.0
-    scalars: tuple[Scalar, ...] = ()
-    divided: int = 0
-
-    def times(self, other: Term) -> Term:
-        return Term(
-            self.factors + other.factors,
-            self.summed | other.summed,
-            self.scale * other.scale,
-            self.scalars + other.scalars,
-            self.divided + other.divided,
-        )
 
 
 class Context(enum.Enum):
@@ -195,7 +157,9 @@ class Evaluator:
         if rounds(node) and not score and self._stops(node, index):
             return None
         terms = self.evaluate(source, index, context)
-        return None if rounds(node) and score and is_bias(terms) else terms
+        if not (rounds(node) and score):
+            return terms
+        return None if is_bias(terms) else [rounded(t, dtype(node)) for t in terms]
 
     def _sum(self, sizes: list[Size], body: Callable[..., list[Term]], time: bool) -> list[Term]:
         """Σ over a fresh label for each size of body(*entries), again where one has to be split."""
@@ -270,9 +234,9 @@ class Evaluator:
         """
         condition, *branches = node.args
         for keep, (kept, other) in ((True, branches), (False, branches[::-1])):
-            fill = constant(other)
-            if fill is None:
+            if (fill := constant(other)) is None:
                 continue
+            fill = in_type(fill, dtype(node))
             if fill == FUSED_FILL and self.attention.node.target is CUDNN:
                 fill = -inf
             absorbs = fill <= ABSORBING
@@ -296,19 +260,19 @@ class Evaluator:
         score = self.evaluate(scores, index, Context.SCORE)
         return self._rows(score, index[:axis] + index[axis + 1 :], digits)
 
-    def _zeroed(self, node: Node, source: Node, index: Index) -> list[Term]:
+    def _zeroed(self, node: Node, source: Node, index: Index) -> list[Term] | None:
         """Probabilities of which whole rows are set to zero; those that see nothing are anyway."""
         terms, of = self.evaluate(source, index), self.attention
         mask = Mask(settle(node.args[0], index), source is node.args[1], 0.0)
         empty = not mask.keep and sees_nothing(mask.leaf.node, of.scores)
-        if empty and all(softmax.rows == rows_of(mask.leaf) for softmax in softmaxes(terms)):
+        if empty and {softmax.rows for softmax in softmaxes(terms)} == {rows_of(mask.leaf)}:
             return terms
         if mask.leaf.labels & self.time:
             detail = f"probabilities of some tokens are set to zero by {mask.leaf}"
             raise Refusal(Reason.SOFTMAX, detail, node)
-        return [t.times(Term((mask,))) for t in terms]
+        return [t.times(Term((mask,))) for t in terms] if softmaxes(terms) else None
 
-    def _divided(self, weighed: Node, by: Node, inverse: bool, index: Index) -> list[Term]:
+    def _divided(self, weighed: Node, by: Node, inverse: bool, index: Index) -> list[Term] | None:
         """Weighed values over the sum of the weights, which has to be that of the same row."""
         terms = self.evaluate(weighed, index)
         leaf = settle(by, index)
@@ -322,7 +286,7 @@ class Evaluator:
                 reason = Reason.SINKS if sinks else Reason.SOFTMAX
                 detail = f"the weighed values are divided by {leaf}, not the sum of their weights"
                 raise Refusal(reason, detail, self.attention.root)
-        return [replace(t, divided=t.divided + 1) for t in terms]
+        return [replace(t, divided=t.divided + 1) for t in terms] if softmaxes(terms) else None
 
     def _rows(self, score: list[Term], rows: Index, time: Entry) -> Softmax:
         digits = [d for entry in rows for d in entry]
@@ -373,6 +337,15 @@ def is_bias(terms: list[Term]) -> bool:
     """An additive mask, without scores and not of boolean masks alone."""
     scores = any(t.summed or isinstance(t.factors[0], Capped) for t in terms)
     return not scores and any(isinstance(f, Leaf) for t in terms for f in t.factors)
+
+
+def rounded(term: Term, type_: torch.dtype) -> Term:
+    """The term, if it is a boolean mask with the fill that is left of its own."""
+    (mask, *others) = term.factors
+    if others or not isinstance(mask, Mask):
+        return term
+    fill = in_type(mask.fill * term.scale, type_)
+    return replace(term, factors=(replace(mask, fill=fill),), scale=1.0)
 
 
 def number(node: Node, name: str) -> float:

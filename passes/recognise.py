@@ -40,10 +40,20 @@ from mla_compile.passes.indexing import (
     splitting,
     whole,
 )
-from mla_compile.passes.normal_form import Capped, Evaluator, Softmax, Term, softmaxes
+from mla_compile.passes.normal_form import Evaluator, softmaxes
 from mla_compile.passes.paging import find_paging
 from mla_compile.passes.score import cache_term, is_constant, split_keys, split_masks, split_score
-from mla_compile.passes.site import Mask, Miss, MLASite, Reason, Refusal, span
+from mla_compile.passes.site import (
+    Capped,
+    Mask,
+    Miss,
+    MLASite,
+    Reason,
+    Refusal,
+    Softmax,
+    Term,
+    span,
+)
 from mla_compile.passes.sizes import Size, divides, equal, true
 from mla_compile.passes.softmax import (
     Attention,
@@ -337,15 +347,15 @@ def check_types(found: MLASite) -> None:
 
 
 def check_casts(found: MLASite, twins: dict[Node, Node]) -> None:
-    """Nothing that is replaced rounds to less than the caches have, or fp32 if that is less."""
+    """Nothing that is replaced rounds to less than the caches or an lse have, or fp32 if less."""
 
     def replaced(node: Node) -> list[Node]:
         inputs = (twins.get(x, x) for x in node.all_input_nodes)
         return [x for x in inputs if x not in found.inputs]
 
-    type_ = dtype(found.latent.key.node)
-    for result in (found.root, *found.lse):
+    needed = {found.root: dtype(found.latent.key.node)} | {log: dtype(log) for log in found.lse}
+    for result, type_ in needed.items():
         for node in filter(rounds, reached(result, replaced)):
             if not (dtype(node) is torch.float32 or holds(dtype(node), type_)):
-                detail = f"{node.name} rounds to {dtype(node)} over a cache in {type_}"
+                detail = f"{node.name} rounds to {dtype(node)} what is to be {type_}"
                 raise Refusal(Reason.DTYPE, detail, node)

@@ -9,10 +9,29 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mla_compile.passes.graph import CASTS, INTEGERS, argument, aten, dtype, is_tensor, prims
+from mla_compile.passes.graph import (
+    CASTS,
+    INTEGERS,
+    SCALINGS,
+    argument,
+    aten,
+    dtype,
+    is_tensor,
+    prims,
+)
 from mla_compile.passes.indexing import Digit, Group, Index, Label, Leaf, settle, substitute
-from mla_compile.passes.normal_form import SCALINGS, Capped, Factor, Softmax, Term
-from mla_compile.passes.site import CacheTerm, Lengths, Mask, Reason, Refusal, span
+from mla_compile.passes.site import (
+    CacheTerm,
+    Capped,
+    Factor,
+    Lengths,
+    Mask,
+    Reason,
+    Refusal,
+    Softmax,
+    Term,
+    span,
+)
 from mla_compile.passes.sizes import Size, equal, true
 from mla_compile.reference import ABSORBING
 

@@ -1,4 +1,4 @@
-"""What the recogniser says of an attention: an `MLASite`, to be rewritten, or a `Miss`, and why."""
+"""What an attention is: terms in normal form, then an `MLASite`, to be rewritten, or a `Miss`."""
 
 from __future__ import annotations
 
@@ -142,6 +142,45 @@ class Scalar:
 
     node: Node
     inverse: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """The factor softmax over `time` of the sum of `score`, at one row."""
+
+    score: tuple[Term, ...]
+    rows: tuple[Label, ...]
+    time: tuple[Label, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Capped:
+    """The factor tanh of the sum of `terms`: a soft cap."""
+
+    terms: tuple[Term, ...]
+
+
+Factor = Leaf | Softmax | Capped | Mask
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """scale · Π scalars · Σ_summed Π factors, over the sum of the weights as often as `divided`."""
+
+    factors: tuple[Factor, ...]
+    summed: frozenset[Label] = frozenset()
+    scale: float = 1.0
+    scalars: tuple[Scalar, ...] = ()
+    divided: int = 0
+
+    def times(self, other: Term) -> Term:
+        return Term(
+            self.factors + other.factors,
+            self.summed | other.summed,
+            self.scale * other.scale,
+            self.scalars + other.scalars,
+            self.divided + other.divided,
+        )
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def sees_nothing(condition: Node, scores: Node) -> bool:
             return False
         condition = condition.args[0]
     hidden = condition.target is aten.eq.Scalar and condition.args[1] == -inf
-    return hidden and strip(condition.args[0], COPIES) is strip(scores, COPIES)
+    return hidden and strip(condition.args[0], COPIES, True) is strip(scores, COPIES, True)
 
 
 def weighing(softmax: Attention) -> list[Node]:

@@ -417,6 +417,16 @@ def product_with_a_reciprocal_twice_as_large(x: Inputs) -> Tensor:
     return attend(e * (2 / e.sum(-1, keepdim=True)), x)
 
 
+def values_divided_by_their_weights(x: Inputs) -> tuple[Tensor, Tensor]:
+    e = absorbed_scores(x)[:, 0].exp()
+    return e @ (x.kv_c[:, None, :, 0] / e).mT, e.sum(-1).log()
+
+
+def values_zeroed_by_their_weights(x: Inputs) -> tuple[Tensor, Tensor]:
+    e = absorbed_scores(x)[:, 0].exp()
+    return e @ torch.where(e > 1, 0, x.kv_c[:, None, :, 0]).mT, e.sum(-1).log()
+
+
 def sink_in_the_denominator(x: Inputs) -> Tensor:
     e = absorbed_scores(x).exp()
     return attend(e / (e.sum(-1, keepdim=True) + 1), x)
@@ -563,6 +573,8 @@ NEGATIVES: list[tuple[Callable[[Inputs], object], Reason]] = [
     (mask_made_of_the_scores, Reason.ESCAPE),
     (mask_made_of_the_expanded_keys, Reason.ESCAPE),
     (sinks_under_a_shift, Reason.SINKS),
+    (values_divided_by_their_weights, Reason.SOFTMAX),
+    (values_zeroed_by_their_weights, Reason.SOFTMAX),
     (sink_in_the_denominator, Reason.SINKS),
     (sink_in_a_late_denominator, Reason.SINKS),
     (late_division_by_the_sum_of_another_row, Reason.SOFTMAX),

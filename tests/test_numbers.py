@@ -8,6 +8,7 @@ from math import inf
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import config
 
@@ -301,6 +302,45 @@ def test_a_bias_is_as_wide_as_it_is_written(dtype: torch.dtype) -> None:
         return torch.einsum("bsht,btc->bshc", s.softmax(-1), wide(x.kv_c)).to(x.kv_c.dtype)
 
     rewritten(decode, inputs(Skv=600).to(dtype))
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def mask_rounded(x: Inputs, keep: Tensor) -> Tensor:
+    q, k, v = expand(x)
+    mask = torch.where(keep, 0.0, LOWEST).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=SCALE)
+
+
+def masked_scores_rounded(x: Inputs, keep: Tensor) -> Tensor:
+    q, k, v = expand(x)
+    s = torch.where(keep, wide(q) @ wide(k).mT * SCALE, LOWEST).to(q.dtype)
+    out: Tensor = torch.ops.aten._safe_softmax(s, -1) @ v
+    return out
+
+
+def filled_by_a_wider_number(x: Inputs, keep: Tensor) -> Tensor:
+    q, k, v = expand(x)
+    s = torch.where(keep, q @ k.mT * SCALE, torch.tensor(LOWEST))
+    out: Tensor = torch.ops.aten._safe_softmax(s, -1) @ v
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("decode", [mask_rounded, masked_scores_rounded, filled_by_a_wider_number])
+@torch.no_grad()
+def test_a_fill_is_what_its_type_makes_of_it(
+    decode: Callable[[Inputs, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    """Below all floats of the scores' type: it is -inf, and a row that sees nothing gives 0."""
+    compiled, x = Compiled(decode), inputs().to(dtype)
+    keep = x.keep.clone()
+    keep[1] = False
+    result, plain = compiled(x, keep), decode(x, keep)
+    assert compiled.count(OP) == 1
+    assert not plain[1].any() and not result[1].any()
+    torch.testing.assert_close(result, plain, atol=2e-2, rtol=2e-2)
 
 
 @torch.no_grad()
