@@ -349,9 +349,11 @@ def check_types(found: MLASite) -> None:
 def check_casts(found: MLASite, twins: dict[Node, Node]) -> None:
     """Nothing that is replaced rounds to less than the caches or an lse have, or fp32 if less."""
 
+    read = found.inputs
+
     def replaced(node: Node) -> list[Node]:
         inputs = (twins.get(x, x) for x in node.all_input_nodes)
-        return [x for x in inputs if x not in found.inputs]
+        return [x for x in inputs if x not in read]
 
     needed = {found.root: dtype(found.latent.key.node)} | {log: dtype(log) for log in found.lse}
     for result, type_ in needed.items():
