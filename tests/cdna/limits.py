@@ -30,7 +30,8 @@ LIMITS = {
     ("gfx942", "cdna3 64x32 evenly"): Limit(256, sgpr_spills=2),
     ("gfx950", "cdna4 16x32 evenly"): Limit(272, programs=2, sgpr_spills=12),
     ("gfx950", "cdna4 64x64 evenly"): Limit(256, sgpr_spills=16),
-    ("gfx942", "split 16x16"): Limit(200, programs=2),
+    # 202 over a large cache under a mask of keys: heads in 64 bits took two more.
+    ("gfx942", "split 16x16"): Limit(208, programs=2),
     ("gfx942", "split 64x32"): Limit(376, sgpr_spills=6),
     # One program of two waves a unit: its two tiles of K and of V are 140 of 160 KB LDS.
     ("gfx950", "split 16x32"): Limit(336),
